@@ -1,0 +1,37 @@
+"""Knowledge distillation between vision models of different architectures.
+
+    from hetkd import Distiller
+
+    distiller = Distiller("hf:google/vit-base-patch16-224", "timm:resnet18", method="sfkd")
+    print(distiller.plan)
+    distiller.fit("imagenet/train", "imagenet/val", epochs=100, output_dir="runs/r18")
+    distiller.save_student("resnet18.safetensors")
+"""
+
+from hetkd.adapter import Adapter, Features, HookAdapter, Stage, StagePair, list_adapters, register_adapter
+from hetkd.distiller import Distiller, DistillerOutput
+from hetkd.methods import CE, KD, SFKD, UHKD, FeatureMethod, Method, list_methods, register_method
+from hetkd.models import load_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "CE",
+    "Distiller",
+    "DistillerOutput",
+    "FeatureMethod",
+    "Features",
+    "HookAdapter",
+    "KD",
+    "Method",
+    "SFKD",
+    "Stage",
+    "StagePair",
+    "UHKD",
+    "list_adapters",
+    "list_methods",
+    "load_model",
+    "register_adapter",
+    "register_method",
+]

@@ -1,0 +1,291 @@
+"""The adapter contract: how any model becomes feature maps, and where adapters come from.
+
+An adapter knows one family of models. It is found through the entry-point group
+``hetkd.adapters`` (the built-in families come the same way) or registered with `register_adapter`.
+`adapters/README.md` shows how to write one.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hetkd.grid import tokens_to_map
+from hetkd.names import Registry, unknown_name
+
+ENTRY_POINT_GROUP = "hetkd.adapters"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one forward pass of a model yields.
+
+    Attributes:
+        logits: ``[B, classes]``, or ``None`` for a model without a classifier.
+        maps: Feature maps ``[B, C, h, w]`` of the requested stages, in their order, at native
+            grids, without prefix tokens.
+        pooled: ``[B, C]``, the vector that the classifier sees, or ``None`` if there is none.
+    """
+
+    logits: Tensor | None
+    maps: tuple[Tensor, ...]
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One place where a model can be tapped, and the shape of what comes out there."""
+
+    name: str
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the feature map."""
+        return self.height, self.width
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.channels}, {self.height}, {self.width}]"
+
+
+@dataclass(frozen=True)
+class StagePair:
+    """A teacher stage and the student stage that learns from it."""
+
+    teacher: Stage
+    student: Stage
+
+
+class Adapter(ABC):
+    """Taps the models of one family.
+
+    Attributes:
+        family: The name of the family, as users know it.
+        priority: Of all adapters that accept a model, the one with the highest priority taps it
+            (ties: the first name in alphabetical order). The built-in families have 0, the generic
+            adapter -100, so that an adapter of one's own wins without setting anything.
+    """
+
+    family: ClassVar[str]
+    priority: ClassVar[int] = 10
+
+    @abstractmethod
+    def accepts(self, model: nn.Module) -> bool:
+        """Says whether this adapter can tap ``model``. Must not raise and not run the model."""
+
+    @abstractmethod
+    def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
+        """Lists every place where ``model`` can be tapped, in order of depth.
+
+        Args:
+            model: A model that this adapter accepts.
+            images: A sample input of the model, for adapters that find stages by a dry run.
+        """
+
+    @abstractmethod
+    def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
+        """Runs the model once and returns its features.
+
+        Args:
+            model: A model that this adapter accepts.
+            images: ``[B, C, H, W]``, already resized and normalised for this model.
+            stages: Names from `stage_names`, in order of depth.
+
+        Raises:
+            RuntimeError: If a stage yields no feature map. A missing feature never passes silently.
+        """
+
+
+class HookAdapter(Adapter):
+    """Base of adapters that tap submodules by forward hooks.
+
+    The model runs through its own ``forward``, so its logits are those of ``model(images)``; a
+    stage is the path of a submodule, and only the requested outputs are kept. Subclasses say which
+    submodules are stages; `to_map` turns what a submodule returns into ``[B, C, h, w]``.
+    """
+
+    def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
+        """Turns the output of a stage's module into a feature map ``[B, C, h, w]``.
+
+        The default takes the first tensor of a tuple, passes rank 4 on as it is, and lays rank 3
+        out as patch tokens.
+
+        Args:
+            output: What the module returned.
+            model: The whole model.
+            images: What the model saw.
+        """
+        tensor = first_tensor(output)
+        return tokens_to_map(tensor, (images.shape[-2], images.shape[-1])) if tensor.ndim == 3 else tensor
+
+    def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
+        """Runs ``model(images)`` with hooks on the modules named by ``stages``; see `Adapter.run`."""
+        captured: dict[str, Any] = {}
+        classifier = find_classifier(model)
+        modules = dict(model.named_modules())
+        handles = [modules[name].register_forward_hook(_keep_output(captured, name)) for name in stages]
+        if classifier is not None:
+            handles.append(classifier.register_forward_pre_hook(_keep_input(captured)))
+        try:
+            output = model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in stages if name not in captured]
+        if missing:
+            raise RuntimeError(f"{type(model).__name__} did not run its stages {missing}; no feature to distil there.")
+        maps = tuple(self.to_map(captured[name], model, images) for name in stages)
+        logits = output_logits(output)
+        pooled = getattr(output, "pooler_output", None) if logits is None else captured.get(_CLASSIFIER_INPUT)
+        return Features(logits, maps, pooled)
+
+
+_CLASSIFIER_INPUT = "<classifier input>"
+
+
+def _keep_output(captured: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        captured[name] = output
+
+    return hook
+
+
+def _keep_input(captured: dict[str, Any]) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0][0].numel() == args[0].shape[1]:
+            captured[_CLASSIFIER_INPUT] = args[0].flatten(1)
+
+    return hook
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Returns ``output`` itself or the first tensor in a tuple, list or mapping (Hugging Face outputs)."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output
+    if isinstance(values, (tuple, list)) or isinstance(output, dict):
+        for value in values:
+            if isinstance(value, Tensor):
+                return value
+    raise RuntimeError(f"expected a tensor or a tuple of tensors from a tapped module, got {type(output).__name__}.")
+
+
+def output_logits(output: Any) -> Tensor | None:
+    """Returns the logits ``[B, classes]`` in a model's output, or ``None`` if it has none."""
+    if hasattr(output, "logits"):
+        return output.logits if isinstance(output.logits, Tensor) else None
+    if isinstance(output, Tensor):
+        return output if output.ndim == 2 else None
+    return None
+
+
+def find_classifier(model: nn.Module) -> nn.Module | None:
+    """Returns the layer that makes the logits: the last linear layer, or ``None``.
+
+    timm models name theirs by ``get_classifier``.
+    """
+    if hasattr(model, "get_classifier"):
+        classifier = model.get_classifier()
+        candidates = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+        first = candidates[0] if candidates else None
+        return first if isinstance(first, nn.Module) and not isinstance(first, nn.Identity) else None
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linears[-1] if linears else None
+
+
+adapters: Registry[type[Adapter]] = Registry("adapter")
+AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
+
+
+def register_adapter(name: str) -> Callable[[AdapterClass], AdapterClass]:
+    """Returns a class decorator that registers an `Adapter` under ``name``.
+
+    Packages do the same without an import, by an entry point in the group ``hetkd.adapters``.
+
+    Raises:
+        ValueError: If the name is malformed or taken.
+        TypeError: If what is decorated is not a subclass of `Adapter`.
+    """
+    _load_entry_points()
+    add = adapters.register(name)
+
+    def decorate(adapter: AdapterClass) -> AdapterClass:
+        if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
+            raise TypeError(f"adapter {name!r} must be a subclass of hetkd.Adapter, got {adapter!r}.")
+        add(adapter)
+        return adapter
+
+    return decorate
+
+
+def list_adapters() -> list[str]:
+    """Returns the names of all adapters, those of installed plug-ins included."""
+    _load_entry_points()
+    return adapters.names()
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """Returns the adapter that taps ``model``: of those that accept it, the one of highest priority.
+
+    Raises:
+        TypeError: If no adapter accepts the model.
+    """
+    _load_entry_points()
+    ranked = sorted(adapters.names(), key=lambda name: -adapters[name].priority)
+    for name in ranked:
+        adapter = adapters[name]()
+        if adapter.accepts(model):
+            return adapter
+    raise TypeError(f"no adapter accepts {type(model).__name__}; write one (adapters/README.md). Asked: {ranked}.")
+
+
+@cache
+def _load_entry_points() -> None:
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            adapters.register(entry_point.name)(entry_point.load())
+        except Exception as error:  # a plug-in may fail in any way; the others must go on working
+            origin = entry_point.dist.name if entry_point.dist else "an unknown package"
+            message = f"hetkd adapter {entry_point.name!r} of {origin} does not load ({error!r}) and is left out."
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def probe(adapter: Adapter, model: nn.Module, images: Tensor) -> tuple[list[Stage], int | None]:
+    """Runs ``model`` once, without gradients and in eval mode.
+
+    Returns:
+        All its stages with their shapes, and its number of classes (``None`` without a classifier).
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            names = adapter.stage_names(model, images)
+            features = adapter.run(model, images, names)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    stages = [Stage(name, *_map_shape(name, x)) for name, x in zip(names, features.maps, strict=True)]
+    return stages, None if features.logits is None else features.logits.shape[1]
+
+
+def _map_shape(name: str, x: Tensor) -> tuple[int, int, int]:
+    if x.ndim != 4:
+        raise RuntimeError(f"stage {name!r} yields a tensor of shape {list(x.shape)}, not a feature map [B, C, h, w].")
+    return x.shape[1], x.shape[2], x.shape[3]
+
+
+def find_stage(what: str, name: str, stages: Sequence[Stage]) -> Stage:
+    """Returns the stage called ``name``; raises with the nearest names if there is none."""
+    for stage in stages:
+        if stage.name == name:
+            return stage
+    raise unknown_name(what, name, [stage.name for stage in stages])

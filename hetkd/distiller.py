@@ -1,0 +1,408 @@
+"""The distiller: two models, a method, and what is matched with what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hetkd.adapter import Adapter, Features, Stage, StagePair, find_adapter, output_logits, probe
+from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, input_spec
+from hetkd.methods import CE, Method, make_method
+from hetkd.methods.feature import count_parameters
+from hetkd.models import architecture_name, load_model, save_model
+from hetkd.names import unknown_name
+from hetkd.plan import Plan, PlanRow, StageChoice, chosen_pairs, pair_stages
+
+if TYPE_CHECKING:
+    from hetkd.training.loop import FitResult
+
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class DistillerOutput:
+    """What one training step's forward yields.
+
+    Attributes:
+        loss: The sum of ``terms``.
+        terms: Named, weighted scalars in float32, with gradient.
+        student_logits: ``[B, classes]``, or ``None`` for a student without a classifier.
+        teacher_logits: ``[B, classes]``, or ``None`` where the teacher has none or was not run.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    student_logits: Tensor | None
+    teacher_logits: Tensor | None
+
+
+class Distiller(nn.Module):
+    """Distils a teacher into a student of any architecture.
+
+    The teacher is frozen, stays in eval mode and is no part of `parameters`, `state_dict` or what
+    DDP sees; it moves with the distiller between devices and keeps its own dtype.
+
+    Args:
+        teacher: ``"timm:NAME"`` (or a bare timm name), ``"hf:ORG/NAME"``, ``"torchvision:NAME"``,
+            each with pretrained weights, or any ``nn.Module``. ``None`` for ``method="ce"`` only.
+        student: The same, but strings build it without pretrained weights (`hetkd.load_model` for
+            anything else), with as many classes as ``num_classes`` or else the teacher.
+        method: A name of `hetkd.list_methods` or a `hetkd.Method` object.
+        num_classes: Classes of a student given as a string.
+        stages: Overrides the automatic pairing: rows of it (``[2, 3]``), student stages by name, or
+            ``(teacher, student)`` pairs of names.
+        input_size: Pixels, a number or ``(height, width)``, for the student; or
+            ``{"teacher": ..., "student": ...}``. Each model defaults to the size it was made for;
+            images of other sizes are resized for each model.
+        normalized: ``(mean, std)`` that the loader normalised the images with. Otherwise images
+            are float in [0, 1] or uint8. Each model gets its own normalisation.
+        **method_options: Options of the method, when it is given by name.
+
+    Attributes:
+        student: The plain student module.
+        method: The method, with what it learns beside the student.
+        plan: What is matched with what; print it.
+
+    Raises:
+        ValueError: If a name or option does not exist, the models' class counts differ under a
+            loss on logits, the teacher lacks a classifier that the method needs, a model refuses
+            the input size, or a grid is too small. All of this before any training.
+        TypeError: If an argument is of a wrong type.
+    """
+
+    def __init__(
+        self,
+        teacher: str | nn.Module | None,
+        student: str | nn.Module,
+        method: str | Method = "sfkd",
+        *,
+        num_classes: int | None = None,
+        stages: Sequence[StageChoice] | None = None,
+        input_size: Size | Mapping[str, Size] | None = None,
+        normalized: Normalization | None = None,
+        **method_options: Any,
+    ) -> None:
+        super().__init__()
+        made = make_method(method, method_options)
+        sizes = _sizes(input_size)
+        tap = _teacher_tap(teacher, made, sizes.get("teacher"), normalized)
+        if isinstance(student, str):
+            student = load_model(student, pretrained=False, num_classes=num_classes or (tap and tap.classes))
+        elif num_classes is not None:
+            raise ValueError("num_classes is for a student given as a string; a module keeps the classes it has.")
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student must be a string or an nn.Module, got {student!r}.")
+        if tap is not None and student is tap.model:
+            raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
+        self.student = student
+        self._normalized = normalized is not None
+        self._teacher = tap  # no nn.Module, hence in no parameters(), state_dict() or DDP bucket
+        self._student = Tap("student", student, sizes.get("student"), normalized)
+        self.student_inputs = self._student.inputs
+        self.method = made
+        self._bind(stages)
+        self.plan = self._make_plan()
+        self._looked_at_values = False
+
+    def _bind(self, stages: Sequence[StageChoice] | None) -> None:
+        teacher, student, method = self._teacher, self._student, self.method
+        if student.classes is None and (method.ce_weight or method.uses_teacher_logits):
+            raise ValueError("the student has no classifier: give it one with num_classes=...")
+        if method.uses_teacher_logits:
+            _check_classes(teacher, student)
+        if teacher is None or not method.automatic_stages:
+            if stages is not None:
+                raise ValueError(f"stages={stages!r} has no use: {type(method).__name__} compares no features.")
+            pairs: list[StagePair] = []
+        elif stages is None:
+            pairs = pair_stages(teacher.stages, student.stages)[-method.automatic_stages :]
+        else:
+            pairs = chosen_pairs(teacher.stages, student.stages, stages)
+        method.bind(pairs)
+        student.select([pair.student.name for pair in pairs])
+        if teacher is not None:
+            teacher.select([pair.teacher.name for pair in pairs])
+
+    def _make_plan(self) -> Plan:
+        teacher, student, method = self._teacher, self._student, self.method
+        rows = [
+            PlanRow(
+                str(index + 1),
+                pair.teacher.name,
+                (pair.teacher.channels, *pair.teacher.grid),
+                pair.student.name,
+                (pair.student.channels, *pair.student.grid),
+                method.describe(index),
+                method.added_parameters(index),
+            )
+            for index, pair in enumerate(method.pairs or ())
+        ]
+        if method.uses_teacher_logits and teacher is not None:
+            shape = (teacher.classes or 0,)
+            rows.append(PlanRow("logits", "", shape, "", (student.classes or 0,), f"KL, T = {method.temperature:g}", 0))
+        title = f"{teacher.title if teacher else 'no teacher'} -> {student.title}, method {type(method).__name__}"
+        return Plan(title, tuple(rows), count_parameters(method))
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher module, frozen and in eval mode."""
+        return None if self._teacher is None else self._teacher.model
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> DistillerOutput:
+        """Computes the loss of one training step.
+
+        Args:
+            images: ``[B, C, H, W]``, float in [0, 1] (or as ``normalized`` says) or uint8.
+            labels: Classes ``[B]`` (int64), class probabilities ``[B, classes]``, or ``None`` for
+                learning without labels: no cross-entropy.
+
+        Raises:
+            TypeError: If images or labels have a wrong dtype.
+            ValueError: If images have a wrong rank, channel count or range, or labels a wrong shape or range.
+        """
+        self._check(images, labels)
+        targets: dict[str, Tensor] = {}
+        teacher_logits = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                features = self._teacher.run(images)
+                targets, teacher_logits = self.method.encode(features), features.logits
+        student = self._student.run(images)
+        terms = self.method(student, targets, labels)
+        if not terms:
+            raise ValueError("there is nothing to learn from: no labels, and the method has no term without them.")
+        return DistillerOutput(torch.stack(list(terms.values())).sum(), terms, student.logits, teacher_logits)
+
+    def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Returns the logits ``[B, classes]`` of the student for raw images.
+
+        Args:
+            images: As for `forward`.
+            model: Another module of the student's architecture (an average of its weights).
+
+        Raises:
+            ValueError: If the student has no classifier.
+        """
+        logits = output_logits((model or self.student)(self.student_inputs(images)))
+        if logits is None:
+            raise ValueError("the student has no classifier: give it one with num_classes=...")
+        return logits
+
+    def fit(
+        self,
+        train: Any,
+        val: Any = None,
+        *,
+        epochs: int,
+        output_dir: str | Path | None = None,
+        resume: bool = False,
+        **options: Any,
+    ) -> FitResult:
+        """Trains the student with Hugging Face Accelerate, on whatever devices and processes there are.
+
+        Args:
+            train: A folder of class folders, a dataset of (image, label), tensors
+                ``(images, labels)``, or a loader of such batches.
+            val: The same, for `evaluate` after each epoch; ``None`` skips it.
+            epochs: Passes over the training data.
+            output_dir: Where checkpoints, history and the student go; ``None`` writes nothing.
+            resume: Continue the run in ``output_dir`` after its last whole epoch.
+            **options: Fields of `hetkd.training.TrainingOptions`: ``batch_size``, ``lr``, ``optimizer``,
+                ``mixed_precision``, ``ema``, ``mixup``, ...
+
+        Returns:
+            History and best metrics. The student holds the weights of the last epoch (with
+            ``ema``: their average); ``output_dir/best.safetensors`` those of the best.
+
+        Raises:
+            ValueError: If an option or the data are not valid.
+            FileExistsError: If ``output_dir`` holds another run.
+            hetkd.training.TrainingDiverged: If a loss term becomes NaN or Inf.
+        """
+        from hetkd.training.loop import fit
+
+        return fit(self, train, val, epochs=epochs, output_dir=output_dir, resume=resume, options=options)
+
+    def evaluate(self, data: Any, *, batch_size: int = 128) -> dict[str, float]:
+        """Evaluates the student.
+
+        Args:
+            data: As ``val`` of `fit`.
+            batch_size: Of data that is not a loader.
+
+        Returns:
+            ``{"top1", "top5", "loss"}``: accuracies in percent (top 5, or as many classes as there
+            are) and mean cross-entropy.
+        """
+        from hetkd.training.evaluate import evaluate
+
+        return evaluate(self, data, batch_size=batch_size)
+
+    def save_student(self, path: str | Path) -> None:
+        """Saves the plain student, with its library's own keys: hetkd is not needed to load it.
+
+        Args:
+            path: ``FILE.safetensors``; for a Hugging Face student also a directory (``save_pretrained``).
+        """
+        save_model(self.student, path)
+
+    def no_weight_decay(self) -> set[str]:
+        """Returns the parameters that the student wants no weight decay for (timm's convention)."""
+        names = getattr(self.student, "no_weight_decay", set)()
+        return {f"student.{name}" for name in names}
+
+    def _check(self, images: Tensor, labels: Tensor | None) -> None:
+        look = not self._looked_at_values
+        check_images(images, self._student.spec.channels, look_at_values=look, normalized=self._normalized)
+        if labels is not None:
+            check_labels(labels, len(images), self._student.classes, look or labels.device.type == "cpu")
+        self._looked_at_values = True
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distiller:
+        super()._apply(fn, recurse)
+        device = next(self.student.parameters()).device
+        if self._teacher is not None and device.type != "meta":
+            self._teacher.to(device)
+        return self
+
+
+class Tap:
+    """One side of a distillation: a model, its input transform, its adapter and its tapped stages."""
+
+    def __init__(self, role: str, model: nn.Module, size: Size | None, normalized: Normalization | None) -> None:
+        self.role, self.model = role, model
+        self.adapter: Adapter = find_adapter(model)
+        self.spec: InputSpec = input_spec(model)
+        self.size = _as_size(size) if size is not None else self.spec.size
+        self.inputs = InputTransform(self.spec, self.size, normalized)
+        self.names: list[str] = []
+        sample = torch.zeros(1, self.spec.channels, *self.size)
+        self.stages, self.classes = self._dry_run(sample)
+
+    def _dry_run(self, sample: Tensor) -> tuple[list[Stage], int | None]:
+        parameter = next(self.model.parameters(), None)
+        if parameter is not None:
+            sample = sample.to(device=parameter.device, dtype=parameter.dtype)
+        try:
+            return probe(self.adapter, self.model, sample)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            height, width = self.size
+            raise ValueError(
+                f"the {self.role} {architecture_name(self.model)} refuses an input of {height} x {width} pixels "
+                f"({error}); its own size is {self.spec.size[0]} x {self.spec.size[1]}: "
+                f"set input_size={{'{self.role}': ...}}."
+            ) from error
+
+    @property
+    def title(self) -> str:
+        """Name, family and input size, for the plan."""
+        return f"{architecture_name(self.model)} ({self.adapter.family}, {self.size[0]} x {self.size[1]})"
+
+    def select(self, names: list[str]) -> None:
+        """Sets the stages to tap; a stage may occur twice, in any order."""
+        order = [stage.name for stage in self.stages]
+        self.names = names
+        self._distinct = sorted(set(names), key=order.index)
+
+    def run(self, images: Tensor) -> Features:
+        """Runs the model once on raw images ``[B, C, H, W]``; maps come in the order of `select`."""
+        x = self.inputs(images)
+        parameter = next(self.model.parameters(), None)
+        if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16, torch.float64):
+            x = x.to(parameter.dtype)
+        features = self.adapter.run(self.model, x, self._distinct)
+        if len(features.maps) != len(self._distinct):
+            raise RuntimeError(
+                f"adapter {type(self.adapter).__name__} returned {len(features.maps)} feature maps for the stages "
+                f"{self._distinct} of the {self.role}."
+            )
+        maps = dict(zip(self._distinct, features.maps, strict=True))
+        return Features(features.logits, tuple(maps[name] for name in self.names), features.pooled)
+
+    def to(self, device: torch.device) -> None:
+        """Moves model and input transform; the dtype stays."""
+        self.model.to(device)
+        self.inputs.to(device)
+
+
+def _teacher_tap(
+    teacher: str | nn.Module | None, method: Method, size: Size | None, normalized: Normalization | None
+) -> Tap | None:
+    if isinstance(method, CE):
+        return None
+    if teacher is None:
+        raise ValueError(f"teacher=None, but {type(method).__name__} needs one; only method='ce' does without.")
+    model = load_model(teacher) if isinstance(teacher, str) else teacher
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"teacher must be a string or an nn.Module, got {teacher!r}.")
+    model.requires_grad_(False)
+    return Tap("teacher", model.eval(), size, normalized)
+
+
+def _check_classes(teacher: Tap | None, student: Tap) -> None:
+    if teacher is None or teacher.classes is None:
+        raise ValueError(
+            "the teacher has no classifier, but the method compares logits: use a teacher with one, or a feature "
+            "method with kd_weight=0."
+        )
+    if teacher.classes != student.classes:
+        raise ValueError(
+            f"the teacher has {teacher.classes} classes and the student {student.classes}, but the method compares "
+            "logits: give both the same number of classes, or use a feature method with kd_weight=0."
+        )
+
+
+def _sizes(input_size: Size | Mapping[str, Size] | None) -> dict[str, Size]:
+    if input_size is None:
+        return {}
+    if isinstance(input_size, Mapping):
+        for role in input_size:
+            if role not in ("teacher", "student"):
+                raise unknown_name("key of input_size", role, ["teacher", "student"])
+        return dict(input_size)
+    return {"student": input_size}
+
+
+def _as_size(size: Any) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(v, int) and v > 0 for v in pair)):
+        raise ValueError(f"input_size has {size!r}: give positive pixels, a number or (height, width).")
+    return pair[0], pair[1]
+
+
+def check_labels(labels: Any, batch: int, classes: int | None, look_at_values: bool) -> None:
+    """Refuses labels of a wrong dtype, shape or range.
+
+    Args:
+        labels: The candidate: ``[B]`` int64 or ``[B, classes]`` float.
+        batch: Number of images.
+        classes: Of the student; ``None`` leaves the range unchecked.
+        look_at_values: Also check the range, which on a GPU waits for the device.
+
+    Raises:
+        TypeError: If it is no tensor, or of a wrong dtype.
+        ValueError: If shape or range are wrong.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}.")
+    if labels.ndim == 2 and labels.is_floating_point():
+        if labels.shape != (batch, classes or labels.shape[1]):
+            raise ValueError(f"labels have shape {list(labels.shape)}, not [{batch}, {classes}].")
+        return
+    if labels.dtype != torch.int64:
+        raise TypeError(
+            f"labels have dtype {labels.dtype}: give class indices as int64 (labels.long()) or class probabilities "
+            "[B, classes] as float."
+        )
+    if labels.shape != (batch,):
+        raise ValueError(f"labels have shape {list(labels.shape)} for {batch} images; give [{batch}].")
+    if look_at_values and classes is not None and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+        raise ValueError(
+            f"labels range from {int(labels.min())} to {int(labels.max())}, but the student has {classes} classes "
+            f"(0 to {classes - 1})."
+        )

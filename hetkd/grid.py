@@ -1,0 +1,90 @@
+"""Spatial grids: tokens to feature maps, and maps of different models to one common grid."""
+
+import math
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def tokens_to_map(tokens: Tensor, image_size: tuple[int, int], patch_size: int | tuple[int, int] | None = None) -> Tensor:
+    """Lays a token sequence out as a feature map, without its prefix tokens.
+
+    Class, register and distillation tokens stand before the patch tokens in every model that is
+    tapped this way; whatever exceeds the patch grid is dropped from the front.
+
+    Args:
+        tokens: ``[B, N, C]``.
+        image_size: Height and width in pixels of the images that the model saw.
+        patch_size: Pixels a token covers; ``None`` finds the grid from N and the aspect ratio of
+            the image, with as few prefix tokens as possible.
+
+    Returns:
+        ``[B, C, h, w]``, with h * w <= N.
+
+    Raises:
+        ValueError: If no grid of the image's aspect ratio fits N tokens.
+    """
+    count = tokens.shape[1]
+    height, width = _token_grid(count, image_size, patch_size)
+    patches = tokens[:, count - height * width :]
+    return patches.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _token_grid(
+    count: int, image_size: tuple[int, int], patch_size: int | tuple[int, int] | None
+) -> tuple[int, int]:
+    if patch_size is not None:
+        patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        height, width = image_size[0] // patch_height, image_size[1] // patch_width
+        if 0 < height * width <= count:
+            return height, width
+        raise ValueError(
+            f"{count} tokens do not hold the {height} x {width} patches of {patch_height} x {patch_width} pixels "
+            f"in an image of {image_size[0]} x {image_size[1]}."
+        )
+    for height, width in _candidate_grids(count, image_size):
+        return height, width
+    raise ValueError(f"{count} tokens do not form a grid with the aspect ratio of an image of {image_size}.")
+
+
+def _candidate_grids(count: int, image_size: tuple[int, int], most_prefix_tokens: int = 16) -> Iterator[tuple[int, int]]:
+    aspect = image_size[0] / image_size[1]
+    for prefix in range(min(most_prefix_tokens, count - 1) + 1):
+        patches = count - prefix
+        height = round(math.sqrt(patches * aspect))
+        if height and patches % height == 0 and round(height / aspect) == patches // height:
+            yield height, patches // height
+
+
+def to_grid(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resamples feature maps to a grid: area-like when it shrinks, bilinear when it grows.
+
+    Args:
+        x: ``[B, C, h, w]``.
+        size: Height and width of the result.
+
+    Returns:
+        ``[B, C, *size]``, in the dtype of ``x``; ``x`` itself if it has that size already.
+    """
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def common_grid(first: tuple[int, int], second: tuple[int, int], multiple: int, largest: int = 16) -> tuple[int, int]:
+    """Returns the grid on which two feature maps meet.
+
+    Per axis it is the coarser of the two native grids (finer detail has no counterpart on the
+    other side), at most ``largest``, rounded up to a multiple of ``multiple``.
+
+    Args:
+        first: Native height and width of one map.
+        second: Native height and width of the other.
+        multiple: What the result is a multiple of, 2^J for J wavelet levels.
+        largest: Upper limit, before rounding.
+    """
+    height, width = (
+        math.ceil(min(a, b, largest) / multiple) * multiple for a, b in zip(first, second, strict=True)
+    )
+    return height, width

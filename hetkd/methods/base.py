@@ -1,0 +1,203 @@
+"""The base of all methods: what a method is given, what it returns, and the two terms on logits."""
+
+import inspect
+from abc import ABC
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetkd.adapter import Features, StagePair
+from hetkd.names import Registry, unknown_name
+
+Targets = dict[str, Tensor]
+"""What `Method.encode` makes of the teacher's features: named tensors, batch first, without gradient."""
+
+methods: Registry[type["Method"]] = Registry("method")
+MethodClass = TypeVar("MethodClass", bound=type["Method"])
+
+
+class Method(nn.Module, ABC):
+    """A distillation method: teacher features to targets, student features and targets to loss terms.
+
+    The base computes cross-entropy with the labels and KL divergence to the teacher's logits;
+    a feature method adds `feature_terms` and, in `bind`, the parameters that these need.
+
+    Args:
+        ce_weight: Weight of the cross-entropy with the labels.
+        kd_weight: Weight of the KL divergence (Hinton et al., arXiv 1503.02531), batch mean times T^2.
+        temperature: T, for both sides of the KL divergence.
+
+    Attributes:
+        automatic_stages: How many stage pairs, counted from the last, the method works on when
+            the user names none.
+    """
+
+    automatic_stages: ClassVar[int] = 0
+
+    def __init__(self, *, ce_weight: float = 1.0, kd_weight: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.ce_weight = not_negative("ce_weight", ce_weight)
+        self.kd_weight = not_negative("kd_weight", kd_weight)
+        self.temperature = positive("temperature", temperature)
+        self.pairs: tuple[StagePair, ...] | None = None
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the method looks at the teacher at all."""
+        return self.kd_weight > 0 or self.automatic_stages > 0
+
+    @property
+    def uses_teacher_logits(self) -> bool:
+        """Whether the teacher must have a classifier over the student's classes."""
+        return self.kd_weight > 0
+
+    def bind(self, pairs: Sequence[StagePair]) -> None:
+        """Makes the parameters for these stage pairs. Called once, by `hetkd.Distiller`.
+
+        Raises:
+            RuntimeError: If the method serves another distiller already.
+        """
+        if self.pairs is not None:
+            raise RuntimeError(f"this {type(self).__name__} serves another Distiller already; make a new one.")
+        self.pairs = tuple(pairs)
+
+    def describe(self, index: int) -> str:
+        """Returns what the plan says of stage pair ``index``, beside shapes."""
+        return ""
+
+    def added_parameters(self, index: int) -> int:
+        """Returns the number of parameters that stage pair ``index`` adds to the training."""
+        return 0
+
+    @torch.no_grad()
+    def encode(self, teacher: Features) -> Targets:
+        """Turns teacher features into targets, without parameters and without gradient.
+
+        Args:
+            teacher: The maps of the teacher's stages of `pairs`, in their order, and its logits.
+
+        Returns:
+            Named tensors, each with the batch first; `encode` of a part of a batch is that part
+            of the `encode` of the whole, so that targets can be cached per image.
+        """
+        targets: Targets = {}
+        if self.uses_teacher_logits and teacher.logits is not None:
+            targets["logits"] = teacher.logits.float()
+        for index, x in enumerate(teacher.maps):
+            targets[f"stage{index}"] = self.encode_map(index, x)
+        return targets
+
+    def encode_map(self, index: int, x: Tensor) -> Tensor:
+        """Turns the teacher's map ``[B, C, h, w]`` of stage pair ``index`` into its target."""
+        return x
+
+    def forward(self, student: Features, targets: Targets, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Computes the named, weighted terms of the loss.
+
+        Args:
+            student: The maps of the student's stages of `pairs`, in their order, and its logits.
+            targets: What `encode` returned for the same images.
+            labels: Class indices ``[B]`` (int64), class probabilities ``[B, classes]`` (mixing,
+                label smoothing), or ``None``: no cross-entropy.
+
+        Returns:
+            Scalars in float32; their sum is the loss.
+        """
+        terms: dict[str, Tensor] = {}
+        if labels is not None and self.ce_weight:
+            terms["ce"] = self.ce_weight * F.cross_entropy(student_logits(student), labels)
+        if self.kd_weight:
+            terms["kd"] = self.kd_weight * self.kl(student_logits(student), targets["logits"])
+        terms.update(self.feature_terms(student, targets))
+        return terms
+
+    def kl(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Returns T^2 KL(teacher || student) at temperature T, mean over the batch."""
+        log_student = F.log_softmax(student / self.temperature, dim=1)
+        log_teacher = F.log_softmax(teacher / self.temperature, dim=1)
+        return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * self.temperature**2
+
+    def feature_terms(self, student: Features, targets: Targets) -> dict[str, Tensor]:
+        """Returns the terms that compare features; none by default."""
+        return {}
+
+
+def student_logits(student: Features) -> Tensor:
+    """Returns the student's logits in float32.
+
+    Raises:
+        ValueError: If the student has no classifier.
+    """
+    if student.logits is None:
+        raise ValueError("the student has no classifier: give it one with num_classes=...")
+    return student.logits.float()
+
+
+def register_method(name: str) -> Callable[[MethodClass], MethodClass]:
+    """Returns a class decorator that registers a `Method` under ``name``.
+
+    Raises:
+        ValueError: If the name is malformed or taken.
+        TypeError: If what is decorated is not a subclass of `Method`.
+    """
+    add = methods.register(name)
+
+    def decorate(method: MethodClass) -> MethodClass:
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise TypeError(f"method {name!r} must be a subclass of hetkd.Method, got {method!r}.")
+        add(method)
+        return method
+
+    return decorate
+
+
+def list_methods() -> list[str]:
+    """Returns the names that ``Distiller(..., method=NAME)`` takes."""
+    return methods.names()
+
+
+def make_method(method: "str | Method", options: dict[str, Any]) -> Method:
+    """Returns the method object for a name and its options; an object passes as it is.
+
+    Raises:
+        ValueError: If the name, an option's name or an option's value is not valid.
+        TypeError: If ``method`` is neither a name nor a `Method`, or is an object and there are options.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise TypeError(f"options {sorted(options)} belong in the method object: {type(method).__name__}(...).")
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name (one of {list_methods()}) or a Method object, got {method!r}.")
+    method_class = methods[method]
+    check_option_names(f"option of method {method!r}", options, method_options(method_class))
+    return method_class(**options)
+
+
+def method_options(method_class: type[Method]) -> list[str]:
+    """Returns the names of a method's keyword options."""
+    return list(inspect.signature(method_class).parameters)
+
+
+def check_option_names(what: str, options: Iterable[str], valid: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest valid names, for the first option that does not exist."""
+    for option in options:
+        if option not in valid:
+            raise unknown_name(what, option, valid)
+
+
+def not_negative(name: str, value: float) -> float:
+    """Returns ``value``; raises ValueError if it is negative or not a number."""
+    if not value >= 0:
+        raise ValueError(f"{name}={value} must be 0 or positive.")
+    return value
+
+
+def positive(name: str, value: float) -> float:
+    """Returns ``value``; raises ValueError unless it is positive."""
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be positive.")
+    return value

@@ -1,0 +1,167 @@
+"""DS2S: dual-stream dual-stage refinement of wavelet sub-bands (SFKD, arXiv 2607.01906; our reading of its abstract)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetkd.grid import to_grid
+from hetkd.spectral import Bands, real_fourier_basis
+
+LITE_RANK = 4
+_KERNEL = 3
+
+
+class DS2S(nn.Module):
+    """Refines the student's sub-bands in two streams and two stages; at the start it is the identity.
+
+    Stage one works within each band: the spatial stream is a depthwise convolution, the spectral
+    stream a learnable real gate on the band's Fourier spectrum. Stage two works across bands and
+    levels: the spatial stream gives each band a learnable share of every other one, resampled to
+    its grid, and the spectral stream gates each band by the spectral energies of all of them, so that low
+    and high frequencies exchange information.
+
+    Args:
+        channels: D of the bands.
+        grid: Height and width of the map that the bands come from.
+        levels: J of the wavelet transform.
+        streams: ``"both"``, ``"spatial"`` or ``"spectral"``.
+        stages: 1 (within bands only) or 2.
+        lite: Share weights over channels by low rank: about a tenth of the parameters.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        levels: int,
+        *,
+        streams: str = "both",
+        stages: int = 2,
+        lite: bool = False,
+    ) -> None:
+        super().__init__()
+        groups = [(3, (grid[0] >> level, grid[1] >> level)) for level in range(1, levels + 1)]
+        coarsest = (grid[0] >> levels, grid[1] >> levels)
+        groups = [*groups[:-1], (4, coarsest)] if levels else [(1, coarsest)]
+        rank = LITE_RANK if lite else None
+        spatial, spectral = streams != "spectral", streams != "spatial"
+        self.kernels, self.gates = nn.ModuleList(), nn.ModuleList()
+        for count, size in groups:
+            if spatial:
+                self.kernels.append(ChannelWeights(channels, (count, _KERNEL, _KERNEL), rank))
+            if spectral:
+                self.gates.append(SpectralGate(channels, count, size, rank))
+        bands = sum(count for count, _ in groups)
+        self.exchange = ChannelWeights(channels, (bands, bands), rank) if spatial and stages == 2 else None
+        self.balance = BandBalance(bands) if spectral and stages == 2 else None
+
+    def forward(self, bands: Bands) -> Bands:
+        """Returns refined bands of the same shapes."""
+        groups = [self._within_bands(index, x) for index, x in enumerate(_to_groups(bands))]
+        if self.exchange is not None:
+            groups = self._across_bands(groups, self.exchange())
+        if self.balance is not None:
+            groups = self.balance(groups)
+        return _to_bands(groups)
+
+    def _within_bands(self, index: int, x: Tensor) -> Tensor:
+        refined = x
+        if self.kernels:
+            kernel = self.kernels[index]().flatten(0, 1).unsqueeze(1)
+            flat = x.flatten(1, 2)
+            refined = refined + F.conv2d(flat, kernel, padding=_KERNEL // 2, groups=flat.shape[1]).view_as(x)
+        if self.gates:
+            refined = refined + self.gates[index](x)
+        return refined
+
+    def _across_bands(self, groups: list[Tensor], shares: Tensor) -> list[Tensor]:
+        counts = [x.shape[2] for x in groups]
+        rows = shares.split(counts, dim=1)
+        return [
+            x + sum(
+                torch.einsum("bdshw,dts->bdthw", _resample(other, x), share)
+                for other, share in zip(groups, row.split(counts, dim=2), strict=True)
+            )
+            for x, row in zip(groups, rows, strict=True)
+        ]
+
+
+def _to_groups(bands: Bands) -> list[Tensor]:
+    """Stacks bands of one grid: ``[B, D, bands, h, w]``, finest first, the low band with the coarsest."""
+    low = bands.low.unsqueeze(2)
+    if not bands.details:
+        return [low]
+    return [*bands.details[:-1], torch.cat([low, bands.details[-1]], dim=2)]
+
+
+def _to_bands(groups: list[Tensor]) -> Bands:
+    low, coarsest = groups[-1][:, :, 0], groups[-1][:, :, 1:]
+    return Bands(low, (*groups[:-1], coarsest) if coarsest.shape[2] else ())
+
+
+def _resample(x: Tensor, like: Tensor) -> Tensor:
+    size = (like.shape[-2], like.shape[-1])
+    return to_grid(x.flatten(1, 2), size).unflatten(1, x.shape[1:3])
+
+
+class ChannelWeights(nn.Module):
+    """A weight tensor ``[channels, *shape]`` that starts at zero, whole or of low rank over channels.
+
+    At zero the refinement is the identity, yet its gradient is not zero: the whole tensor and the
+    right factor learn from the first step on, the left factor from the second.
+    """
+
+    def __init__(self, channels: int, shape: tuple[int, ...], rank: int | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels if rank is None else rank, *shape))
+        self.mix = None if rank is None else nn.Parameter(torch.randn(channels, rank) / rank**0.5)
+
+    def forward(self) -> Tensor:
+        """Returns ``[channels, *shape]``."""
+        return self.weight if self.mix is None else torch.einsum("dr,r...->d...", self.mix, self.weight)
+
+
+class SpectralGate(nn.Module):
+    """Multiplies a band's Fourier spectrum by a learnable real gate, even in both frequencies.
+
+    Done in a real Fourier basis (`hetkd.spectral.real_fourier_basis`): two small matrix products
+    each way, no complex numbers. What is returned is the change only, zero at the start.
+    """
+
+    def __init__(self, channels: int, bands: int, size: tuple[int, int], rank: int | None) -> None:
+        super().__init__()
+        self.gate = ChannelWeights(channels, (bands, size[0] // 2 + 1, size[1] // 2 + 1), rank)
+        for name, side in (("row", size[0]), ("column", size[1])):
+            basis, frequency = real_fourier_basis(side)
+            self.register_buffer(f"{name}_basis", basis, persistent=False)
+            self.register_buffer(f"{name}_frequency", frequency, persistent=False)
+
+    row_basis: Tensor
+    row_frequency: Tensor
+    column_basis: Tensor
+    column_frequency: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, D, bands, h, w]`` to the gate's contribution, of the same shape."""
+        gate = self.gate()[:, :, self.row_frequency][..., self.column_frequency]
+        rows, columns = self.row_basis.to(x.dtype), self.column_basis.to(x.dtype)
+        return rows.T @ ((rows @ x @ columns.T) * gate) @ columns
+
+
+class BandBalance(nn.Module):
+    """Scales each band of each channel by a function of the log energies of all its bands."""
+
+    def __init__(self, bands: int, hidden: int = 16, eps: float = 1e-4) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(bands, hidden), nn.Linear(hidden, bands)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+        self.eps = eps
+
+    def forward(self, groups: list[Tensor]) -> list[Tensor]:
+        """Returns the groups ``[B, D, bands, h, w]``, scaled."""
+        # By Parseval's theorem the mean square of a band is the energy of its spectrum.
+        energy = torch.cat([x.square().mean((-2, -1)) for x in groups], dim=2)
+        scale = 1 + self.outer(F.gelu(self.inner((energy + self.eps).log())))
+        scales = scale.split([x.shape[2] for x in groups], dim=2)
+        return [x * s[..., None, None] for x, s in zip(groups, scales, strict=True)]

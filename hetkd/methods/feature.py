@@ -1,0 +1,102 @@
+"""What the methods that compare features share: stage weights and the loop over stage pairs."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hetkd.adapter import Features, StagePair
+from hetkd.methods.base import Method, not_negative
+from hetkd.names import unknown_name
+from hetkd.spectral.precision import at_least_float32
+
+STAGE_RATIO = 3.0
+"""Automatic stage weights grow by this factor from one stage to the next: late stages count most."""
+
+
+class FeatureMethod(Method):
+    """Base of methods with one loss a stage pair, beside cross-entropy and KL divergence.
+
+    Args:
+        feature_weight: Weight of the features' loss, spread over the stages by ``stage_weights``.
+        stage_weights: ``None``: each stage weighs three times the one before it, in all 1.
+            A sequence: the weights as given, one a stage pair, in all as given.
+            ``"learnt"``: starting alike and learnt by uncertainty (Kendall et al., arXiv 1705.07115).
+        ce_weight: See `Method`.
+        kd_weight: See `Method`.
+        temperature: See `Method`.
+    """
+
+    automatic_stages: ClassVar[int] = 2
+    term: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        feature_weight: float,
+        stage_weights: Sequence[float] | str | None,
+        ce_weight: float,
+        kd_weight: float,
+        temperature: float,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature)
+        self.feature_weight = not_negative("feature_weight", feature_weight)
+        if isinstance(stage_weights, str) and stage_weights != "learnt":
+            raise unknown_name("stage_weights", stage_weights, ["learnt"])
+        self.stage_weights = stage_weights
+
+    def bind(self, pairs: Sequence[StagePair]) -> None:
+        """Makes the parameters for these stage pairs; see `Method.bind`.
+
+        Raises:
+            ValueError: If there are no pairs, or as many weights as pairs are not given.
+        """
+        super().bind(pairs)
+        if not pairs:
+            raise ValueError(f"method {self.term!r} compares features, but there is no stage pair to compare.")
+        self._weights = self._fixed_weights(len(pairs))
+        self.log_variance = nn.Parameter(torch.zeros(len(pairs))) if self.stage_weights == "learnt" else None
+
+    def _fixed_weights(self, count: int) -> list[float]:
+        if self.stage_weights == "learnt":
+            return [1 / count] * count
+        if self.stage_weights is None:
+            growing = [STAGE_RATIO**index for index in range(count)]
+            return [weight / sum(growing) for weight in growing]
+        weights = [not_negative("stage_weights", float(weight)) for weight in self.stage_weights]
+        if len(weights) != count:
+            raise ValueError(f"stage_weights={tuple(weights)} has {len(weights)} entries for {count} stage pairs.")
+        return weights
+
+    def feature_terms(self, student: Features, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns one weighted term a stage pair, named after the student's stage."""
+        assert self.pairs is not None, "bind comes first"
+        terms = {}
+        for index, pair in enumerate(self.pairs):
+            x = student.maps[index]
+            with torch.autocast(x.device.type, enabled=False):
+                loss = self.compare(index, at_least_float32(x), targets[f"stage{index}"])
+            if self.log_variance is not None:
+                loss = loss * torch.exp(-self.log_variance[index]) + self.log_variance[index]
+            terms[f"{self.term}.{pair.student.name}"] = self.feature_weight * self._weights[index] * loss
+        return terms
+
+    def encode_map(self, index: int, x: Tensor) -> Tensor:
+        """Turns the teacher's map of stage pair ``index`` into its target, in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.encode_stage(index, at_least_float32(x))
+
+    @abstractmethod
+    def encode_stage(self, index: int, x: Tensor) -> Tensor:
+        """Turns the teacher's map ``[B, C_t, h, w]`` (float32, autocast off) into a compact target."""
+
+    @abstractmethod
+    def compare(self, index: int, x: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of stage pair ``index`` for the student's map ``[B, C_s, h, w]``."""
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """Returns the number of parameters that the modules learn."""
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)

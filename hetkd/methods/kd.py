@@ -1,0 +1,51 @@
+"""Learning from labels alone (`CE`) and from the teacher's logits (`KD`)."""
+
+from torch import Tensor
+
+from hetkd.adapter import Features
+from hetkd.methods.base import Method, Targets, register_method
+
+
+@register_method("ce")
+class CE(Method):
+    """Cross-entropy with the labels: the student trained alone. The teacher is never run.
+
+    Args:
+        ce_weight: Weight of the cross-entropy.
+    """
+
+    def __init__(self, *, ce_weight: float = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight, kd_weight=0.0)
+
+    def forward(self, student: Features, targets: Targets, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns the term ``ce``; see `Method.forward`.
+
+        Raises:
+            ValueError: If there are no labels to learn from.
+        """
+        if labels is None:
+            raise ValueError("method 'ce' learns from labels only, but labels=None; use 'kd', 'sfkd' or 'uhkd'.")
+        return super().forward(student, targets, labels)
+
+
+@register_method("kd")
+class KD(Method):
+    r"""Knowledge distillation by logits (Hinton, Vinyals, Dean; arXiv 1503.02531).
+
+    .. math:: L = w_{ce}\,CE(z_s, y) + w_{kd}\,T^2\,KL(\sigma(z_t / T) \,\|\, \sigma(z_s / T))
+
+    Args:
+        ce_weight: Weight of the cross-entropy with the labels.
+        kd_weight: Weight of the KL divergence.
+        temperature: T; 1 is the setting of the heterogeneous-distillation literature (OFA-KD, arXiv 2310.19444).
+    """
+
+    def __init__(self, *, ce_weight: float = 1.0, kd_weight: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight, kd_weight=positive_kd_weight(kd_weight), temperature=temperature)
+
+
+def positive_kd_weight(kd_weight: float) -> float:
+    """Refuses a KD without its only term."""
+    if kd_weight == 0:
+        raise ValueError("kd_weight=0 leaves method 'kd' without a teacher; use method 'ce'.")
+    return kd_weight

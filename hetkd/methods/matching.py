@@ -1,0 +1,159 @@
+"""How coefficients of student and teacher are standardised and compared."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetkd.distributed import gather_over_processes, sum_over_processes, world_size
+
+_EPS = 1e-12
+
+
+def standardize_sample(x: Tensor) -> Tensor:
+    """Divides each sample ``[B, ...]`` by the root mean square of its own coefficients."""
+    return x * (x.square().mean(dim=tuple(range(1, x.ndim)), keepdim=True) + _EPS).rsqrt()
+
+
+def standardize_batch(x: Tensor, *, is_complex: bool = False) -> Tensor:
+    """Gives each coefficient ``[B, ...]`` mean 0 and variance 1 over the batch of all processes.
+
+    Args:
+        x: ``[B, ...]``; for complex numbers with real and imaginary parts in the last axis.
+        is_complex: Whether real and imaginary parts share one variance.
+
+    Raises:
+        ValueError: If the batch of all processes has a single image.
+    """
+    centred = x - _batch_mean(x)
+    variance = _batch_mean(centred.square())
+    if is_complex:
+        variance = variance.sum(-1, keepdim=True)
+    return centred * (variance + _EPS).rsqrt()
+
+
+def correlation_loss(
+    student: Tensor, target: Tensor, weight: Tensor, *, is_complex: bool = False, decorrelation: float = 0.0
+) -> Tensor:
+    r"""Compares coefficients by their correlation over the batch of all processes.
+
+    .. math:: L = \frac{\sum_k w_k (1 - \rho_k)^2}{\sum_k w_k}, \quad
+        \rho_k = \frac{\mathrm{Re} \sum_b \tilde s_{bk} \overline{\tilde t_{bk}}}{\|\tilde s_k\| \|\tilde t_k\|}
+
+    with coefficients centred over the batch. At zero frequency alone this is the diagonal of RSD
+    (arXiv 2507.21844). Coefficients that do not vary in the teacher are left out.
+
+    Args:
+        student: ``[B, D, *K]``, or ``[B, D, *K, 2]`` for complex coefficients.
+        target: Of the same shape, without gradient.
+        weight: ``[*K]``, not negative.
+        is_complex: Whether the last axis holds real and imaginary parts.
+        decorrelation: Weight of RSD's off-diagonal term: the squared correlations between
+            different channels at the same frequency, summed over one and averaged over the other.
+
+    Returns:
+        A scalar between 0 and 4 (without ``decorrelation``).
+
+    Raises:
+        ValueError: If the batch of all processes has a single image.
+    """
+    if not is_complex:
+        student, target = student.unsqueeze(-1), target.unsqueeze(-1)
+    student, target = standardize_batch(student, is_complex=True), standardize_batch(target, is_complex=True)
+    correlation = _batch_mean(student * target).sum(-1)
+    weight = weight * (_batch_mean(target.square()).sum(-1) > 0.5)
+    loss = (weight * (1 - correlation).square()).sum() / weight.sum().clamp_min(_EPS)
+    if decorrelation:
+        loss = loss + decorrelation * _off_diagonal(student, target, weight)
+    return loss
+
+
+def _off_diagonal(student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    channels = student.shape[1]
+    student, target = student.flatten(2, -2), target.flatten(2, -2)
+    cross = sum_over_processes(torch.einsum("bckr,bdkr->kcd", student, target)) / _global_batch(student)
+    off = 1 - torch.eye(channels, device=cross.device, dtype=cross.dtype)
+    weight = weight.flatten(1).mean(0)
+    return (weight * (cross * off).square().sum((1, 2)) / channels).sum() / weight.sum().clamp_min(_EPS)
+
+
+def weighted_mse(student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Returns the mean squared difference of ``[B, D, *K]``, weighted by ``[*K]``."""
+    return ((student - target).square() * weight).mean() / weight.mean()
+
+
+def infonce(student: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
+    """Contrasts each student sample's target with those of all other samples (InfoNCE, arXiv 1807.03748).
+
+    Args:
+        student: ``[B, ...]``.
+        target: Of the same shape, without gradient.
+        temperature: Of the softmax over cosine similarities.
+
+    Returns:
+        A scalar; ``log(batch of all processes)`` where nothing is learnt yet.
+    """
+    anchors = F.normalize(gather_over_processes(student.flatten(1)), dim=1)
+    candidates = F.normalize(gather_over_processes(target.flatten(1)), dim=1)
+    similarity = anchors @ candidates.T / temperature
+    return F.cross_entropy(similarity, torch.arange(len(similarity), device=similarity.device))
+
+
+def _global_batch(x: Tensor) -> float:
+    """Returns the number of images in all processes; they all have as many as this one."""
+    count = x.shape[0] * world_size()
+    if count < 2:
+        raise ValueError(
+            "a batch of one image has no statistics: use larger batches (drop_last=True for the last one) or "
+            "normalize='sample'."
+        )
+    return float(count)
+
+
+def _batch_mean(x: Tensor) -> Tensor:
+    return sum_over_processes(x.sum(0)) / _global_batch(x)
+
+
+class ChannelReduction(nn.Module):
+    """A fixed orthonormal map of the teacher's channels to fewer: nothing here is learnt.
+
+    Args:
+        channels: C of the teacher.
+        width: D; with C <= D the map is the identity.
+        kind: ``"orthogonal"``: a random rotation, the same for the same C and D.
+            ``"pca"``: the principal components of the first batch (of all processes) that is encoded.
+    """
+
+    def __init__(self, channels: int, width: int, kind: str = "orthogonal") -> None:
+        super().__init__()
+        self.width = min(channels, width)
+        self._fit_at_next_call = False
+        if channels <= width:
+            return
+        generator = torch.Generator().manual_seed(channels * 65_537 + width)
+        basis = torch.linalg.qr(torch.randn(channels, width, generator=generator))[0]
+        self.register_buffer("basis", basis)
+        if kind == "pca":
+            self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+            self._fit_at_next_call = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, C, ...]`` to ``[B, D, ...]``."""
+        if "basis" not in self._buffers:
+            return x
+        if self._fit_at_next_call:
+            self._fit(x)
+        return torch.einsum("bc...,cd->bd...", x, self.basis.to(x.dtype))
+
+    def _fit(self, x: Tensor) -> None:
+        self._fit_at_next_call = False
+        if self.fitted:  # restored from a checkpoint
+            return
+        positions = x.flatten(2).transpose(1, 2).flatten(0, 1).double()
+        count = len(positions) * world_size()
+        positions = positions - sum_over_processes(positions.sum(0)) / count
+        covariance = sum_over_processes(positions.T @ positions) / count
+        self.basis.copy_(torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : self.width])
+        self.fitted.fill_(True)
+
+    basis: Tensor
+    fitted: Tensor

@@ -1,0 +1,234 @@
+"""SFKD: distillation of spatial-spectral features through wavelet sub-bands (arXiv 2607.01906).
+
+Only the paper's abstract is public knowledge here; the internals are this project's own reading of it.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetkd.adapter import StagePair
+from hetkd.grid import common_grid, to_grid
+from hetkd.methods.base import not_negative, positive, register_method
+from hetkd.methods.ds2s import DS2S
+from hetkd.methods.feature import FeatureMethod, count_parameters
+from hetkd.methods.matching import (
+    ChannelReduction,
+    correlation_loss,
+    infonce,
+    standardize_batch,
+    standardize_sample,
+    weighted_mse,
+)
+from hetkd.names import choice
+from hetkd.spectral import amplitude, dwt2, half_plane_window, idwt2, low_frequencies
+from hetkd.spectral.wavelet import check_wavelet
+
+
+@register_method("sfkd")
+class SFKD(FeatureMethod):
+    r"""Wavelet sub-bands of the student, refined, recombined, and compared by a Gaussian-filtered frequency loss.
+
+    For each stage pair, on a common G x G grid:
+
+    1. *Align*: the student's map is projected by a 1x1 convolution to D channels; the teacher's
+       channels, where there are more, go through a fixed orthonormal map.
+    2. *Decouple*: a J-level wavelet transform splits the student's map into sub-bands.
+    3. *Refine*: DS2S (`hetkd.methods.ds2s.DS2S`) refines them. The teacher's bands are fixed
+       targets, for otherwise both sides could agree on a constant.
+    4. *Recombine*: the inverse transform returns a spatial-spectral feature; for the teacher steps
+       2 to 4 are the identity, so it skips them.
+    5. *GFFL*: the K x K lowest frequencies of both are compared under a Gaussian window w,
+       :math:`L = \sum_k w_k (1 - \rho_k)^2 / \sum_k w_k`, where :math:`\rho_k` is the correlation
+       over the batch of complex coefficient k (`normalize="batch"`). With ``sigma`` towards 0 only the
+       pooled features are left, and the loss is that of RSD (arXiv 2507.21844).
+
+    The loss is ``ce_weight CE + kd_weight KL + feature_weight sum over stages of weight times L``.
+
+    Args:
+        feature_weight: Weight of the features' loss, spread over the stages.
+        stage_weights: ``None`` (late stages count most), one number a stage pair, or ``"learnt"``.
+        levels: J, 0 to 3; ``None``: 2, or less where the grid does not hold 2.
+        wavelet: An orthogonal wavelet of PyWavelets, by name.
+        ds2s: ``"full"``, ``"lite"`` (low rank, few parameters) or ``None`` (no refinement).
+        streams: Streams of DS2S: ``"both"``, ``"spatial"``, ``"spectral"``.
+        refinement_stages: Stages of DS2S: 2 (within and across bands), 1 (within), 0 (none).
+        loss: ``"gffl"``, or for comparison ``"mse"`` or ``"infonce"`` on the recombined feature in space.
+        sigma: Width of the Gaussian window as a fraction of Nyquist's frequency; ``math.inf``: none.
+        keep: K, frequencies kept per axis; ``None``: 5, or fewer on a smaller grid.
+        spectrum: ``"complex"``: amplitude and phase; ``"amplitude"``: invariant to circular shifts.
+        normalize: ``"batch"``: each coefficient is standardised over the batch of all processes;
+            ``"sample"``: each sample by its own energy, compared by mean squared error.
+        decorrelation: Weight of RSD's off-diagonal term (with ``normalize="batch"`` and GFFL only).
+        width: D, most channels to compare.
+        reduction: The teacher's fixed map: ``"orthogonal"`` or ``"pca"`` (fitted on the first batch).
+        ce_weight: Weight of the cross-entropy with the labels.
+        kd_weight: Weight of the KL divergence between logits; 0 for a teacher without a classifier.
+        temperature: Of the KL divergence.
+
+    Raises:
+        ValueError: If an option is out of range, or a stage's grid is too small for it.
+    """
+
+    term = "sfkd"
+
+    def __init__(
+        self,
+        *,
+        feature_weight: float = 20.0,
+        stage_weights: Sequence[float] | str | None = None,
+        levels: int | None = None,
+        wavelet: str = "haar",
+        ds2s: str | None = "full",
+        streams: str = "both",
+        refinement_stages: int = 2,
+        loss: str = "gffl",
+        sigma: float = 0.5,
+        keep: int | None = None,
+        spectrum: str = "complex",
+        normalize: str = "batch",
+        decorrelation: float = 0.0,
+        width: int = 256,
+        reduction: str = "orthogonal",
+        ce_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(
+            feature_weight=feature_weight,
+            stage_weights=stage_weights,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            temperature=temperature,
+        )
+        if levels not in (None, 0, 1, 2, 3):
+            raise ValueError(f"levels={levels} must be 0, 1, 2 or 3, or None for what the grid holds.")
+        if refinement_stages not in (0, 1, 2):
+            raise ValueError(f"refinement_stages={refinement_stages} must be 0, 1 or 2.")
+        check_wavelet(wavelet)
+        self.levels, self.wavelet, self.keep = levels, wavelet, keep
+        self.ds2s = None if ds2s is None else choice("ds2s", ds2s, ["full", "lite"])
+        self.streams = choice("streams", streams, ["both", "spatial", "spectral"])
+        self.refinement_stages = refinement_stages
+        self.loss = choice("loss", loss, ["gffl", "mse", "infonce"])
+        self.sigma = not_negative("sigma", sigma)
+        self.spectrum = choice("spectrum", spectrum, ["complex", "amplitude"])
+        self.normalize = choice("normalize", normalize, ["batch", "sample"])
+        self.decorrelation = not_negative("decorrelation", decorrelation)
+        if decorrelation and (normalize, loss) != ("batch", "gffl"):
+            raise ValueError("decorrelation needs normalize='batch' and loss='gffl'.")
+        self.width = int(positive("width", width))
+        self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
+
+    def bind(self, pairs: Sequence[StagePair]) -> None:
+        """Makes projections and refinements for these stage pairs; see `Method.bind`.
+
+        Raises:
+            ValueError: If a grid is too small for ``levels`` or ``keep``.
+        """
+        super().bind(pairs)
+        self._levels = [self._levels_of(pair) for pair in pairs]
+        self._grids = [
+            common_grid(pair.teacher.grid, pair.student.grid, 2**levels)
+            for pair, levels in zip(pairs, self._levels, strict=True)
+        ]
+        self._keeps = [self._keep_of(pair, grid) for pair, grid in zip(pairs, self._grids, strict=True)]
+        self.reduce = nn.ModuleList(ChannelReduction(p.teacher.channels, self.width, self.reduction) for p in pairs)
+        self.project = nn.ModuleList(
+            aligning_projection(p.student.channels, min(p.teacher.channels, self.width)) for p in pairs
+        )
+        self.refine = nn.ModuleList(self._refinement(index, pair) for index, pair in enumerate(pairs))
+        for index, (grid, keep) in enumerate(zip(self._grids, self._keeps, strict=True)):
+            self.register_buffer(f"window{index}", half_plane_window(grid, keep, self.sigma), persistent=False)
+
+    def _levels_of(self, pair: StagePair) -> int:
+        smallest = min(*pair.teacher.grid, *pair.student.grid)
+        fitting = next(levels for levels in (3, 2, 1, 0) if 2**levels <= smallest)
+        if self.levels is None:
+            return min(2, fitting)
+        if self.levels > fitting:
+            raise ValueError(
+                f"levels={self.levels} needs grids of at least {2**self.levels} x {2**self.levels}, but the stage pair "
+                f"{pair.teacher} / {pair.student} has less: use levels={fitting}, other stages or a larger input_size."
+            )
+        return self.levels
+
+    def _keep_of(self, pair: StagePair, grid: tuple[int, int]) -> int:
+        if self.keep is None:
+            return min(5, *grid)
+        if not 1 <= self.keep <= min(grid):
+            raise ValueError(
+                f"keep={self.keep} must be between 1 and the common grid's side {min(grid)} of the stage pair "
+                f"{pair.teacher} / {pair.student}."
+            )
+        return self.keep
+
+    def _refinement(self, index: int, pair: StagePair) -> nn.Module:
+        if self.ds2s is None or self.refinement_stages == 0:
+            return nn.Identity()
+        return DS2S(
+            min(pair.teacher.channels, self.width),
+            self._grids[index],
+            self._levels[index],
+            streams=self.streams,
+            stages=self.refinement_stages,
+            lite=self.ds2s == "lite",
+        )
+
+    def describe(self, index: int) -> str:
+        """Returns grid, levels and kept frequencies of stage pair ``index``."""
+        (height, width), levels, keep = self._grids[index], self._levels[index], self._keeps[index]
+        what = f"{keep} x {keep} frequencies" if self.loss == "gffl" else self.loss
+        return f"{height} x {width}, {levels} levels, {what}"
+
+    def added_parameters(self, index: int) -> int:
+        """Returns the parameters of the projection and the refinement of stage pair ``index``."""
+        return count_parameters(self.project[index], self.refine[index])
+
+    def encode_stage(self, index: int, x: Tensor) -> Tensor:
+        """Returns the teacher's spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis; no GFFL: its map)."""
+        coefficients = self._coefficients(index, to_grid(x, self._grids[index]))
+        return self._representation(self.reduce[index](coefficients))
+
+    def compare(self, index: int, x: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss between the refined student feature and the target."""
+        student = self._representation(self._coefficients(index, self.refined_feature(index, x)))
+        if self.loss == "gffl":
+            return self._gffl(index, student, target)
+        if self.normalize == "batch":
+            student, target = standardize_batch(student), standardize_batch(target)
+        return infonce(student, target) if self.loss == "infonce" else F.mse_loss(student, target)
+
+    def _gffl(self, index: int, student: Tensor, target: Tensor) -> Tensor:
+        window = getattr(self, f"window{index}").to(student.dtype)
+        is_complex = self.spectrum == "complex"
+        if self.normalize == "batch":
+            return correlation_loss(student, target, window, is_complex=is_complex, decorrelation=self.decorrelation)
+        return weighted_mse(student, target, window.unsqueeze(-1) if is_complex else window)
+
+    def refined_feature(self, index: int, x: Tensor) -> Tensor:
+        """Returns the student's aligned, refined and recombined feature ``[B, D, G, G]``."""
+        aligned = self.project[index](to_grid(x, self._grids[index]))
+        refine = self.refine[index]
+        if isinstance(refine, nn.Identity):
+            return aligned
+        return idwt2(refine(dwt2(aligned, self.wavelet, self._levels[index])), self.wavelet)
+
+    def _coefficients(self, index: int, x: Tensor) -> Tensor:
+        return low_frequencies(x, self._keeps[index], half=True) if self.loss == "gffl" else x
+
+    def _representation(self, x: Tensor) -> Tensor:
+        if self.loss == "gffl" and self.spectrum == "amplitude":
+            x = amplitude(x)
+        return standardize_sample(x) if self.normalize == "sample" else x
+
+
+def aligning_projection(channels: int, width: int) -> nn.Conv2d:
+    """Returns a 1x1 convolution without bias: the identity if it can be, else an orthogonal map."""
+    projection = nn.Conv2d(channels, width, kernel_size=1, bias=False)
+    if channels == width:
+        nn.init.dirac_(projection.weight)
+    else:
+        nn.init.orthogonal_(projection.weight)
+    return projection

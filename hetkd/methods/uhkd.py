@@ -1,0 +1,177 @@
+"""UHKD: feature distillation in the frequency domain (arXiv 2510.24116).
+
+Only the paper's abstract is public knowledge here; the internals are this project's own reading of it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hetkd.adapter import StagePair
+from hetkd.methods.base import positive, register_method
+from hetkd.methods.feature import FeatureMethod, count_parameters
+from hetkd.methods.matching import ChannelReduction, standardize_batch, standardize_sample, weighted_mse
+from hetkd.names import choice
+from hetkd.spectral import amplitude, half_plane_window, low_frequencies
+
+
+@register_method("uhkd")
+class UHKD(FeatureMethod):
+    r"""Compact frequency-domain targets of the teacher (FTM), matched by an aligned student (FAM).
+
+    For each stage pair:
+
+    - *Feature Transformation Module* (teacher, no parameters): the K x K lowest frequencies of the
+      map, as amplitudes or complex numbers, compressed, standardised. They do not depend on the
+      native grid, so maps of different sizes need no resampling.
+    - *Feature Alignment Module* (student, learnable, dropped after training): 1x1 convolution -
+      norm - GELU - 1x1 convolution to the teacher's channels, the same spectrum, and a real affine
+      map a channel and a frequency.
+    - *Loss*: mean squared error between both.
+
+    The loss is ``ce_weight CE + kd_weight KL + feature_weight sum over stages of weight times MSE``.
+
+    Args:
+        feature_weight: Weight of the features' loss, spread over the stages.
+        stage_weights: ``None`` (late stages count most), one number a stage pair, or ``"learnt"``.
+        keep: K, frequencies kept per axis; ``None``: 5, or fewer on a smaller grid.
+        spectrum: ``"complex"``: real and imaginary parts; ``"amplitude"``: invariant to circular shifts.
+        compression: Of the amplitudes: ``"none"``, ``"log"`` (log(1 + a)) or ``"power"`` (square
+            root), phases kept.
+        normalize: How targets are standardised: ``"batch"`` (each coefficient over the batch of all
+            processes) or ``"sample"`` (each sample by its own energy).
+        width: Most channels to compare; the teacher's further ones go through a fixed orthonormal map.
+        reduction: That map: ``"orthogonal"`` or ``"pca"`` (fitted on the first batch).
+        ce_weight: Weight of the cross-entropy with the labels.
+        kd_weight: Weight of the KL divergence between logits; 0 for a teacher without a classifier.
+        temperature: Of the KL divergence.
+
+    Raises:
+        ValueError: If an option is out of range, or a stage's grid is too small for ``keep``.
+    """
+
+    term = "uhkd"
+
+    def __init__(
+        self,
+        *,
+        feature_weight: float = 10.0,
+        stage_weights: Sequence[float] | str | None = None,
+        keep: int | None = None,
+        spectrum: str = "complex",
+        compression: str = "none",
+        normalize: str = "batch",
+        width: int = 256,
+        reduction: str = "orthogonal",
+        ce_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(
+            feature_weight=feature_weight,
+            stage_weights=stage_weights,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            temperature=temperature,
+        )
+        self.keep = keep
+        self.spectrum = choice("spectrum", spectrum, ["complex", "amplitude"])
+        self.compression = choice("compression", compression, ["none", "log", "power"])
+        self.normalize = choice("normalize", normalize, ["batch", "sample"])
+        self.width = int(positive("width", width))
+        self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
+
+    def bind(self, pairs: Sequence[StagePair]) -> None:
+        """Makes the alignment modules for these stage pairs; see `Method.bind`.
+
+        Raises:
+            ValueError: If a grid is too small for ``keep``.
+        """
+        super().bind(pairs)
+        self._keeps = [kept_frequencies(self.keep, pair) for pair in pairs]
+        self.reduce = nn.ModuleList(ChannelReduction(p.teacher.channels, self.width, self.reduction) for p in pairs)
+        self.align = nn.ModuleList(
+            FAM(p.student.channels, min(p.teacher.channels, self.width), keep, self)
+            for p, keep in zip(pairs, self._keeps, strict=True)
+        )
+        for index, keep in enumerate(self._keeps):
+            self.register_buffer(f"window{index}", half_plane_window((keep, keep), keep, float("inf")), persistent=False)
+
+    def describe(self, index: int) -> str:
+        """Returns the kept frequencies of stage pair ``index``."""
+        return f"{self._keeps[index]} x {self._keeps[index]} frequencies"
+
+    def added_parameters(self, index: int) -> int:
+        """Returns the parameters of the alignment module of stage pair ``index``."""
+        return count_parameters(self.align[index])
+
+    def encode_stage(self, index: int, x: Tensor) -> Tensor:
+        """Returns the teacher's compressed spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
+        return self.compress(self.reduce[index](spectrum_per_pixel(x, self._keeps[index])))
+
+    def compare(self, index: int, x: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean squared error between FAM's output and the standardised target."""
+        student = self.align[index](x)
+        is_complex = self.spectrum == "complex"
+        if self.normalize == "batch":
+            target = standardize_batch(target, is_complex=is_complex)
+        else:
+            target = standardize_sample(target)
+        window = getattr(self, f"window{index}").to(student.dtype)
+        return weighted_mse(student, target, window.unsqueeze(-1) if is_complex else window)
+
+    def compress(self, spectrum: Tensor) -> Tensor:
+        """Compresses the amplitudes of a complex spectrum ``[..., 2]``; drops the phases unless they are compared."""
+        size = amplitude(spectrum)
+        compressed = {"none": size, "log": size.log1p(), "power": size.sqrt()}[self.compression]
+        if self.spectrum == "amplitude":
+            return compressed
+        return spectrum * (compressed / size).unsqueeze(-1)
+
+
+class FAM(nn.Module):
+    """Feature Alignment Module: the student's map to compressed frequency coefficients of the teacher's width.
+
+    Args:
+        channels: C of the student.
+        width: D, the channels to compare.
+        keep: K, frequencies kept per axis.
+        method: Says how spectra are compressed.
+    """
+
+    def __init__(self, channels: int, width: int, keep: int, method: UHKD) -> None:
+        super().__init__()
+        self.keep, self.compress = keep, method.compress
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width, kernel_size=1), nn.GroupNorm(1, width), nn.GELU(), nn.Conv2d(width, width, 1)
+        )
+        parts = (2,) if method.spectrum == "complex" else ()
+        self.scale = nn.Parameter(torch.ones(width, keep, keep // 2 + 1, *(1 for _ in parts)))
+        self.bias = nn.Parameter(torch.zeros(width, keep, keep // 2 + 1, *parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, C, h, w]`` to ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
+        return self.compress(spectrum_per_pixel(self.layers(x), self.keep)) * self.scale + self.bias
+
+
+def spectrum_per_pixel(x: Tensor, keep: int) -> Tensor:
+    """Returns low frequencies scaled as by an orthonormal transform: white noise has unit coefficients on any grid."""
+    return low_frequencies(x, keep, half=True) * (x.shape[-2] * x.shape[-1]) ** 0.5
+
+
+def kept_frequencies(keep: int | None, pair: StagePair) -> int:
+    """Returns K for a stage pair: ``keep``, or 5 where both grids have that many.
+
+    Raises:
+        ValueError: If ``keep`` is not between 1 and the smallest side of both grids.
+    """
+    largest = min(*pair.teacher.grid, *pair.student.grid)
+    if keep is None:
+        return min(5, largest)
+    if not 1 <= keep <= largest:
+        raise ValueError(
+            f"keep={keep} must be between 1 and the smallest side {largest} of the stage pair "
+            f"{pair.teacher} / {pair.student}."
+        )
+    return keep

@@ -1,0 +1,84 @@
+"""Clear errors for misspelt names, and the registry that refuses bad ones."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_VALID_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+def unknown_name(what: str, value: object, valid: Iterable[str]) -> ValueError:
+    """Builds the error for a name that does not exist.
+
+    Args:
+        what: What the name stands for, as the user knows it (``"method"``, ``"timm model"``).
+        value: What was given.
+        valid: The names that would have been accepted.
+
+    Returns:
+        An error whose message has the nearest valid names or, where there are few, all of them.
+    """
+    names = sorted(valid)
+    near = difflib.get_close_matches(str(value), names, n=4, cutoff=0.5)
+    if near:
+        hint = f"did you mean {_listed(near, 'or')}?"
+    elif len(names) <= 40:
+        hint = f"valid: {_listed(names, 'and')}." if names else "there are none."
+    else:
+        hint = f"none of the {len(names)} valid names is close to it."
+    return ValueError(f"unknown {what} {value!r}: {hint}")
+
+
+def choice(what: str, value: str, valid: Iterable[str]) -> str:
+    """Returns ``value`` if it is one of ``valid``; raises the error of `unknown_name` otherwise."""
+    names = list(valid)
+    if value not in names:
+        raise unknown_name(what, value, names)
+    return value
+
+
+def _listed(names: list[str], conjunction: str) -> str:
+    quoted = [repr(name) for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} {conjunction} {quoted[-1]}"
+
+
+class Registry(Generic[T]):
+    """Named things of one kind; duplicate and malformed names are refused."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Returns a decorator that registers what it decorates under ``name``.
+
+        Raises:
+            ValueError: If ``name`` is malformed or already taken.
+        """
+        if not _VALID_NAME.fullmatch(name):
+            raise ValueError(
+                f"{self.what} name {name!r} is malformed: use lower-case letters, digits, '_' and '-', a letter first."
+            )
+        if name in self._items:
+            raise ValueError(f"{self.what} {name!r} is already registered as {self._items[name]!r}; choose another name.")
+
+        def add(item: T) -> T:
+            self._items[name] = item
+            return item
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._items:
+            raise unknown_name(self.what, name, self._items)
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def names(self) -> list[str]:
+        """Returns the registered names, sorted."""
+        return sorted(self._items)

@@ -1,0 +1,147 @@
+"""Which teacher stage teaches which student stage, and the table that shows it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetkd.adapter import Stage, StagePair, find_stage
+
+STAGE_COUNT = 4
+StageChoice = int | str | tuple[int | str, int | str]
+
+
+def choose_stages(stages: Sequence[Stage], count: int = STAGE_COUNT) -> list[Stage]:
+    """Picks up to ``count`` stages spread over a model's depth.
+
+    A hierarchical model gives the last stage at each of its ``count`` coarsest grids; one with a
+    single grid gives stages at equal steps of relative depth, the last one included.
+
+    Args:
+        stages: All stages, in order of depth.
+        count: How many are wanted.
+    """
+    last_at_grid = {stage.grid: stage for stage in stages}
+    if len(last_at_grid) > 1:
+        return list(last_at_grid.values())[-count:]
+    steps = min(count, len(stages))
+    return [stages[(step + 1) * len(stages) // steps - 1] for step in range(steps)]
+
+
+def pair_stages(teacher: Sequence[Stage], student: Sequence[Stage]) -> list[StagePair]:
+    """Pairs teacher and student stages automatically: as many as both have, last with last."""
+    count = min(len(choose_stages(teacher)), len(choose_stages(student)))
+    pairs = zip(choose_stages(teacher, count), choose_stages(student, count), strict=True)
+    return [StagePair(t, s) for t, s in pairs]
+
+
+def chosen_pairs(teacher: Sequence[Stage], student: Sequence[Stage], choices: Sequence[StageChoice]) -> list[StagePair]:
+    """Resolves the user's ``stages``.
+
+    Args:
+        teacher: All stages of the teacher.
+        student: All stages of the student.
+        choices: Each a row of the automatic pairing (int; negative from the end), a student stage by
+            name (the teacher's is the one at the same relative depth), or a pair (teacher, student)
+            of names or rows.
+
+    Raises:
+        ValueError: If a name or row does not exist; the nearest names are given.
+        TypeError: If a choice is of none of these forms.
+    """
+    if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
+        raise TypeError(f"stages={choices!r} must be a list of rows, names or (teacher, student) pairs.")
+    if not choices:
+        raise ValueError("stages=[] leaves nothing to compare; leave it out for the automatic pairing.")
+    automatic = pair_stages(teacher, student)
+    return [_resolve(choice, automatic, teacher, student) for choice in choices]
+
+
+def _resolve(
+    choice: StageChoice, automatic: list[StagePair], teacher: Sequence[Stage], student: Sequence[Stage]
+) -> StagePair:
+    if isinstance(choice, bool):
+        raise TypeError(f"stages has {choice!r}; use rows, names or (teacher, student) pairs.")
+    if isinstance(choice, int):
+        return automatic[_row(choice, len(automatic))]
+    if isinstance(choice, str):
+        chosen = find_stage("student stage", choice, student)
+        depth = (list(student).index(chosen) + 1) / len(student)
+        return StagePair(teacher[max(0, round(depth * len(teacher)) - 1)], chosen)
+    if not isinstance(choice, (tuple, list)) or len(choice) != 2:
+        raise TypeError(f"stages has {choice!r}; use rows, names or (teacher, student) pairs.")
+    sides = (
+        ("teacher stage", choice[0], teacher, [pair.teacher for pair in automatic]),
+        ("student stage", choice[1], student, [pair.student for pair in automatic]),
+    )
+    resolved = [
+        rows[_row(name, len(rows))] if isinstance(name, int) else find_stage(what, name, stages)
+        for what, name, stages, rows in sides
+    ]
+    return StagePair(resolved[0], resolved[1])
+
+
+def _row(row: int, count: int) -> int:
+    if not -count <= row < count:
+        raise ValueError(f"stages has row {row}, but the automatic pairing has rows 0 to {count - 1}.")
+    return row
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of the plan: a stage pair, or the logits.
+
+    Attributes:
+        stage: Number from 1, or ``"logits"``.
+        teacher: Path of the teacher's module.
+        teacher_shape: ``(C, h, w)``, or ``(classes,)``.
+        student: Path of the student's module.
+        student_shape: ``(C, h, w)``, or ``(classes,)``.
+        match: Where and how both meet: the common grid, or what the method compares.
+        added_parameters: Learnt beside the student, and dropped after training.
+    """
+
+    stage: str
+    teacher: str
+    teacher_shape: tuple[int, ...]
+    student: str
+    student_shape: tuple[int, ...]
+    match: str
+    added_parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a distiller matches with what; ``print(plan)`` shows a table.
+
+    Attributes:
+        title: Teacher, student, method.
+        rows: One a stage pair that the method uses, and one for the logits if it uses these.
+        added_parameters: In all.
+    """
+
+    title: str
+    rows: tuple[PlanRow, ...]
+    added_parameters: int
+
+    def __str__(self) -> str:
+        header = ("stage", "teacher", "shape", "student", "shape", "match", "added parameters")
+        body = [
+            (
+                row.stage,
+                row.teacher,
+                _shape(row.teacher_shape),
+                row.student,
+                _shape(row.student_shape),
+                row.match,
+                f"{row.added_parameters:,}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]]
+        rule = "  ".join("-" * width for width in widths)
+        total = f"{self.added_parameters:,} parameters are added for the training and dropped after it."
+        return "\n".join([self.title, "", lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:]), "", total])
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)

@@ -1,0 +1,90 @@
+"""Gaussian low-pass weights on the frequency grid."""
+
+import torch
+from torch import Tensor, nn
+
+from hetkd.spectral.fourier import frequencies
+from hetkd.spectral.precision import full_precision
+
+
+def gaussian_window(
+    height: int,
+    width: int,
+    sigma: float,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    r"""Returns Gaussian low-pass weights on the centred frequency grid of a ``height x width`` map.
+
+    .. math:: w_{uv} = \exp\left(-\frac{(u / (h/2))^2 + (v / (w/2))^2}{2 \sigma^2}\right)
+
+    Args:
+        height: Rows of the map whose spectrum is weighted.
+        width: Its columns.
+        sigma: Width of the Gaussian as a fraction of the Nyquist frequency (0.5 cycles a pixel):
+            at a frequency of ``sigma`` times Nyquist the weight is exp(-1/2). 0 leaves the mean
+            (zero frequency) only; ``math.inf`` weighs everything alike.
+        dtype: Of the result.
+        device: Of the result.
+
+    Returns:
+        ``[height, width]``, laid out as ``fftshift(fft2(x))``, 1 at zero frequency.
+
+    Raises:
+        ValueError: If ``sigma`` is negative or not a number.
+    """
+    rows, columns = (
+        _axis_weights(frequencies(size), size, sigma).to(device=device, dtype=dtype) for size in (height, width)
+    )
+    return torch.outer(rows, columns)
+
+
+def half_plane_window(grid: tuple[int, int], keep: int, sigma: float) -> Tensor:
+    """Returns the weights of `gaussian_window` for the layout of ``low_frequencies(..., half=True)``.
+
+    Columns that stand for two conjugate coefficients count twice, so that a weighted mean over the
+    half plane is that over the whole.
+
+    Args:
+        grid: Height and width of the map whose spectrum is weighted.
+        keep: Frequencies K per axis.
+        sigma: See `gaussian_window`.
+
+    Returns:
+        ``[K, K // 2 + 1]`` in float32.
+    """
+    rows = _axis_weights(frequencies(keep), grid[0], sigma)
+    columns = _axis_weights(frequencies(keep, half=True), grid[1], sigma)
+    paired = torch.tensor([1.0 if v in (0, keep / 2) else 2.0 for v in frequencies(keep, half=True)])
+    return torch.outer(rows, columns * paired).float()
+
+
+def _axis_weights(frequency: list[int], size: int, sigma: float) -> Tensor:
+    if not sigma >= 0:
+        raise ValueError(f"sigma={sigma} must be 0 (the mean only), positive, or math.inf (no filter).")
+    f = torch.tensor(frequency, dtype=torch.float64)
+    return (f == 0).double() if sigma == 0 else torch.exp(-((f / (size / 2)) ** 2) / (2 * sigma**2))
+
+
+class GaussianWindow(nn.Module):
+    """Weights a centred spectrum ``[..., h, w]`` by `gaussian_window`."""
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        gaussian_window(1, 1, sigma)
+        self.sigma = sigma
+
+    def forward(self, spectrum: Tensor) -> Tensor:
+        """Returns ``spectrum`` times the window of its last two axes."""
+        return _weigh(spectrum, self.sigma)
+
+    def extra_repr(self) -> str:
+        """Shows the options."""
+        return f"sigma={self.sigma}"
+
+
+@full_precision
+def _weigh(spectrum: Tensor, sigma: float) -> Tensor:
+    height, width = spectrum.shape[-2:]
+    return spectrum * gaussian_window(height, width, sigma, dtype=spectrum.dtype, device=spectrum.device)

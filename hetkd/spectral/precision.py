@@ -1,0 +1,33 @@
+"""The numeric rule of the spectral core: float32 inside, autocast off, float64 kept."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Makes a function of a tensor compute in float32 (float64 stays) whatever autocast says."""
+
+    @wraps(function)
+    def wrapper(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(at_least_float32(x), *args, **kwargs)
+
+    return wrapper
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Returns ``x`` in float32, or as it is if it is float64.
+
+    Raises:
+        TypeError: If ``x`` is not a real floating-point tensor.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"expected a real floating-point tensor, got dtype {x.dtype}.")
+    return x if x.dtype == torch.float64 else x.float()
