@@ -1,11 +1,11 @@
 """Knowledge distillation between vision models of different architectures.
 
-    from hetkd import Distiller
+from hetkd import Distiller
 
-    distiller = Distiller("hf:google/vit-base-patch16-224", "timm:resnet18", method="sfkd")
-    print(distiller.plan)
-    distiller.fit("imagenet/train", "imagenet/val", epochs=100, output_dir="runs/r18")
-    distiller.save_student("resnet18.safetensors")
+distiller = Distiller("hf:google/vit-base-patch16-224", "timm:resnet18", method="sfkd")
+print(distiller.plan)
+distiller.fit("imagenet/train", "imagenet/val", epochs=100, output_dir="runs/r18")
+distiller.save_student("resnet18.safetensors")
 """
 
 from hetkd.adapter import Adapter, Features, HookAdapter, Stage, StagePair, list_adapters, register_adapter

@@ -187,7 +187,7 @@ def output_logits(output: Any) -> Tensor | None:
     return None
 
 
-def find_classifier(model: nn.Module) -> nn.Module | None:
+def find_classifier(model: Any) -> nn.Module | None:
     """Returns the layer that makes the logits: the last linear layer, or ``None``.
 
     timm models name theirs by ``get_classifier``.

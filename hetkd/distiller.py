@@ -67,6 +67,7 @@ class Distiller(nn.Module):
         student: The plain student module.
         method: The method, with what it learns beside the student.
         plan: What is matched with what; print it.
+        normalized: Whether images come normalised.
 
     Raises:
         ValueError: If a name or option does not exist, the models' class counts differ under a
@@ -92,7 +93,7 @@ class Distiller(nn.Module):
         sizes = _sizes(input_size)
         tap = _teacher_tap(teacher, made, sizes.get("teacher"), normalized)
         if isinstance(student, str):
-            student = load_model(student, pretrained=False, num_classes=num_classes or (tap and tap.classes))
+            student = load_model(student, pretrained=False, num_classes=num_classes or (tap.classes if tap else None))
         elif num_classes is not None:
             raise ValueError("num_classes is for a student given as a string; a module keeps the classes it has.")
         if not isinstance(student, nn.Module):
@@ -100,7 +101,7 @@ class Distiller(nn.Module):
         if tap is not None and student is tap.model:
             raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
         self.student = student
-        self._normalized = normalized is not None
+        self.normalized = normalized is not None
         self._teacher = tap  # no nn.Module, hence in no parameters(), state_dict() or DDP bucket
         self._student = Tap("student", student, sizes.get("student"), normalized)
         self.student_inputs = self._student.inputs
@@ -152,6 +153,17 @@ class Distiller(nn.Module):
     def teacher(self) -> nn.Module | None:
         """The teacher module, frozen and in eval mode."""
         return None if self._teacher is None else self._teacher.model
+
+    @property
+    def classes(self) -> int:
+        """The number of classes of the student.
+
+        Raises:
+            ValueError: If the student has no classifier.
+        """
+        if self._student.classes is None:
+            raise ValueError("the student has no classifier: give it one with num_classes=...")
+        return self._student.classes
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> DistillerOutput:
         """Computes the loss of one training step.
@@ -253,18 +265,18 @@ class Distiller(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Returns the parameters that the student wants no weight decay for (timm's convention)."""
-        names = getattr(self.student, "no_weight_decay", set)()
+        names: set[str] = getattr(self.student, "no_weight_decay", set)()
         return {f"student.{name}" for name in names}
 
     def _check(self, images: Tensor, labels: Tensor | None) -> None:
         look = not self._looked_at_values
-        check_images(images, self._student.spec.channels, look_at_values=look, normalized=self._normalized)
+        check_images(images, self._student.spec.channels, look_at_values=look, normalized=self.normalized)
         if labels is not None:
             check_labels(labels, len(images), self._student.classes, look or labels.device.type == "cpu")
         self._looked_at_values = True
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distiller:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = next(self.student.parameters()).device
         if self._teacher is not None and device.type != "meta":
             self._teacher.to(device)
@@ -401,7 +413,7 @@ def check_labels(labels: Any, batch: int, classes: int | None, look_at_values: b
         )
     if labels.shape != (batch,):
         raise ValueError(f"labels have shape {list(labels.shape)} for {batch} images; give [{batch}].")
-    if look_at_values and classes is not None and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+    if look_at_values and classes is not None and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
         raise ValueError(
             f"labels range from {int(labels.min())} to {int(labels.max())}, but the student has {classes} classes "
             f"(0 to {classes - 1})."

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def tokens_to_map(tokens: Tensor, image_size: tuple[int, int], patch_size: int | tuple[int, int] | None = None) -> Tensor:
+def tokens_to_map(
+    tokens: Tensor, image_size: tuple[int, int], patch_size: int | tuple[int, int] | None = None
+) -> Tensor:
     """Lays a token sequence out as a feature map, without its prefix tokens.
 
     Class, register and distillation tokens stand before the patch tokens in every model that is
@@ -31,9 +33,7 @@ def tokens_to_map(tokens: Tensor, image_size: tuple[int, int], patch_size: int |
     return patches.transpose(1, 2).unflatten(2, (height, width))
 
 
-def _token_grid(
-    count: int, image_size: tuple[int, int], patch_size: int | tuple[int, int] | None
-) -> tuple[int, int]:
+def _token_grid(count: int, image_size: tuple[int, int], patch_size: int | tuple[int, int] | None) -> tuple[int, int]:
     if patch_size is not None:
         patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         height, width = image_size[0] // patch_height, image_size[1] // patch_width
@@ -48,7 +48,9 @@ def _token_grid(
     raise ValueError(f"{count} tokens do not form a grid with the aspect ratio of an image of {image_size}.")
 
 
-def _candidate_grids(count: int, image_size: tuple[int, int], most_prefix_tokens: int = 16) -> Iterator[tuple[int, int]]:
+def _candidate_grids(
+    count: int, image_size: tuple[int, int], most_prefix_tokens: int = 16
+) -> Iterator[tuple[int, int]]:
     aspect = image_size[0] / image_size[1]
     for prefix in range(min(most_prefix_tokens, count - 1) + 1):
         patches = count - prefix
@@ -84,7 +86,5 @@ def common_grid(first: tuple[int, int], second: tuple[int, int], multiple: int, 
         multiple: What the result is a multiple of, 2^J for J wavelet levels.
         largest: Upper limit, before rounding.
     """
-    height, width = (
-        math.ceil(min(a, b, largest) / multiple) * multiple for a, b in zip(first, second, strict=True)
-    )
+    height, width = (math.ceil(min(a, b, largest) / multiple) * multiple for a, b in zip(first, second, strict=True))
     return height, width

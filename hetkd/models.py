@@ -1,7 +1,7 @@
 """Models from strings, weights from safetensors, and students back to disk in their library's own form."""
 
-import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +132,8 @@ def _hugging_face_model(name: str, num_classes: int | None, pretrained: bool, kw
             **kwargs,
         ),
     )
-    try:
+    with suppress(OSError, ValueError):  # without an image processor beside the weights, its type's defaults hold
         AutoImageProcessor.from_pretrained(name, trust_remote_code=False)  # into the cache, for input_spec
-    except (OSError, ValueError):
-        pass  # no image processor beside the weights: its type's defaults hold
     return model
 
 
@@ -158,13 +156,11 @@ def image_processor_settings(config: Any) -> dict[str, Any]:
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
     if getattr(config, "_name_or_path", ""):
-        try:
+        with suppress(OSError, ValueError):  # the model may have come without an image processor
             processor = AutoImageProcessor.from_pretrained(
                 config._name_or_path, local_files_only=True, trust_remote_code=False
             )
             return dict(processor.to_dict())
-        except (OSError, ValueError):
-            pass  # the model came without an image processor
     if type(config) not in IMAGE_PROCESSOR_MAPPING:
         return {}
     entry = IMAGE_PROCESSOR_MAPPING[type(config)]
@@ -216,13 +212,16 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 def _differences(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> str:
     missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     reshaped = [key for key in sorted(expected.keys() & given.keys()) if expected[key] != given[key]]
-    parts = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for what, keys in (
-        ("missing", missing), ("unexpected", unexpected)) if keys]
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
     parts += [f"{key} has shape {given[key]} instead of {expected[key]}" for key in reshaped[:3]]
     return "; ".join(parts) + "."
 
 
-def save_model(model: nn.Module, path: str | Path) -> None:
+def save_model(model: Any, path: str | Path) -> None:
     """Saves a plain model with its library's own keys.
 
     Args:
@@ -246,12 +245,12 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     write_atomically(path, lambda temporary: save_tensors(model.state_dict(), temporary, metadata))
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Writes tensors, copied to contiguous memory of their own (tied weights included), as safetensors."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    save_file(plain, path, {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()})
+    path.write_bytes(save(plain, metadata))
 
 
 def architecture_name(model: nn.Module) -> str:
@@ -260,4 +259,3 @@ def architecture_name(model: nn.Module) -> str:
     if isinstance(config, dict) and config.get("architecture"):
         return str(config["architecture"])
     return str(getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__)
-

@@ -63,7 +63,9 @@ class Registry(Generic[T]):
                 f"{self.what} name {name!r} is malformed: use lower-case letters, digits, '_' and '-', a letter first."
             )
         if name in self._items:
-            raise ValueError(f"{self.what} {name!r} is already registered as {self._items[name]!r}; choose another name.")
+            raise ValueError(
+                f"{self.what} {name!r} is already registered as {self._items[name]!r}; choose another name."
+            )
 
         def add(item: T) -> T:
             self._items[name] = item

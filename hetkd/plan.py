@@ -137,7 +137,9 @@ class Plan:
             for row in self.rows
         ]
         widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]
+        ]
         rule = "  ".join("-" * width for width in widths)
         total = f"{self.added_parameters:,} parameters are added for the training and dropped after it."
         return "\n".join([self.title, "", lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:]), "", total])

@@ -85,9 +85,9 @@ class Method(nn.Module, ABC):
         """
         targets: Targets = {}
         if self.uses_teacher_logits and teacher.logits is not None:
-            targets["logits"] = teacher.logits.float()
+            targets["logits"] = teacher.logits.detach().float()
         for index, x in enumerate(teacher.maps):
-            targets[f"stage{index}"] = self.encode_map(index, x)
+            targets[f"stage{index}"] = self.encode_map(index, x.detach())
         return targets
 
     def encode_map(self, index: int, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DS2S: dual-stream dual-stage refinement of wavelet sub-bands (SFKD, arXiv 2607.01906; our reading of its abstract)."""
+"""DS2S: dual-stream dual-stage refinement of wavelet sub-bands (SFKD, arXiv 2607.01906; our own reading)."""
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,8 @@ class DS2S(nn.Module):
         counts = [x.shape[2] for x in groups]
         rows = shares.split(counts, dim=1)
         return [
-            x + sum(
+            x
+            + sum(
                 torch.einsum("bdshw,dts->bdthw", _resample(other, x), share)
                 for other, share in zip(groups, row.split(counts, dim=2), strict=True)
             )

@@ -69,10 +69,10 @@ def correlation_loss(
 
 def _off_diagonal(student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     channels = student.shape[1]
-    student, target = student.flatten(2, -2), target.flatten(2, -2)
+    student, target = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (student, target))
     cross = sum_over_processes(torch.einsum("bckr,bdkr->kcd", student, target)) / _global_batch(student)
     off = 1 - torch.eye(channels, device=cross.device, dtype=cross.dtype)
-    weight = weight.flatten(1).mean(0)
+    weight = weight.reshape(channels, -1).mean(0)
     return (weight * (cross * off).square().sum((1, 2)) / channels).sum() / weight.sum().clamp_min(_EPS)
 
 

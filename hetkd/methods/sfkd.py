@@ -128,6 +128,7 @@ class SFKD(FeatureMethod):
             ValueError: If a grid is too small for ``levels`` or ``keep``.
         """
         super().bind(pairs)
+        self._check_levels(pairs)
         self._levels = [self._levels_of(pair) for pair in pairs]
         self._grids = [
             common_grid(pair.teacher.grid, pair.student.grid, 2**levels)
@@ -143,16 +144,16 @@ class SFKD(FeatureMethod):
             self.register_buffer(f"window{index}", half_plane_window(grid, keep, self.sigma), persistent=False)
 
     def _levels_of(self, pair: StagePair) -> int:
-        smallest = min(*pair.teacher.grid, *pair.student.grid)
-        fitting = next(levels for levels in (3, 2, 1, 0) if 2**levels <= smallest)
-        if self.levels is None:
-            return min(2, fitting)
-        if self.levels > fitting:
+        return min(2, _most_levels(pair)) if self.levels is None else self.levels
+
+    def _check_levels(self, pairs: Sequence[StagePair]) -> None:
+        pair = min(pairs, key=_most_levels)
+        if self.levels is not None and self.levels > _most_levels(pair):
             raise ValueError(
                 f"levels={self.levels} needs grids of at least {2**self.levels} x {2**self.levels}, but the stage pair "
-                f"{pair.teacher} / {pair.student} has less: use levels={fitting}, other stages or a larger input_size."
+                f"{pair.teacher} / {pair.student} has less: use levels={_most_levels(pair)}, other stages or a larger "
+                "input_size."
             )
-        return self.levels
 
     def _keep_of(self, pair: StagePair, grid: tuple[int, int]) -> int:
         if self.keep is None:
@@ -165,7 +166,8 @@ class SFKD(FeatureMethod):
         return self.keep
 
     def _refinement(self, index: int, pair: StagePair) -> nn.Module:
-        if self.ds2s is None or self.refinement_stages == 0:
+        # On a single pixel, refinement could only scale a channel, which the loss does not see.
+        if self.ds2s is None or self.refinement_stages == 0 or self._grids[index] == (1, 1):
             return nn.Identity()
         return DS2S(
             min(pair.teacher.channels, self.width),
@@ -222,6 +224,12 @@ class SFKD(FeatureMethod):
         if self.loss == "gffl" and self.spectrum == "amplitude":
             x = amplitude(x)
         return standardize_sample(x) if self.normalize == "sample" else x
+
+
+def _most_levels(pair: StagePair) -> int:
+    """Returns the most levels, up to 3, that both grids of a pair hold."""
+    smallest = min(*pair.teacher.grid, *pair.student.grid)
+    return next(levels for levels in (3, 2, 1, 0) if 2**levels <= smallest)
 
 
 def aligning_projection(channels: int, width: int) -> nn.Conv2d:

@@ -96,7 +96,9 @@ class UHKD(FeatureMethod):
             for p, keep in zip(pairs, self._keeps, strict=True)
         )
         for index, keep in enumerate(self._keeps):
-            self.register_buffer(f"window{index}", half_plane_window((keep, keep), keep, float("inf")), persistent=False)
+            self.register_buffer(
+                f"window{index}", half_plane_window((keep, keep), keep, float("inf")), persistent=False
+            )
 
     def describe(self, index: int) -> str:
         """Returns the kept frequencies of stage pair ``index``."""

@@ -109,12 +109,12 @@ class LowFrequencies(nn.Module):
 
     def __init__(self, keep: int, *, half: bool = False) -> None:
         super().__init__()
-        self.keep, self.half = keep, half
+        self.keep, self.half_plane = keep, half
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., h, w]`` to ``[..., K, K, 2]``."""
-        return low_frequencies(x, self.keep, half=self.half)
+        return low_frequencies(x, self.keep, half=self.half_plane)
 
     def extra_repr(self) -> str:
         """Shows the options."""
-        return f"keep={self.keep}, half={self.half}"
+        return f"keep={self.keep}, half={self.half_plane}"

@@ -48,7 +48,9 @@ def dwt2(x: Tensor, wavelet: str = "haar", levels: int = 1) -> Bands:
         raise ValueError(f"levels={levels} must not be negative.")
     height, width = x.shape[-2:]
     if levels and min(height, width) <= 2 ** (levels - 1):
-        raise ValueError(f"a {height} x {width} grid is too small for levels={levels}: use fewer levels or a larger grid.")
+        raise ValueError(
+            f"a {height} x {width} grid is too small for levels={levels}: use fewer levels or a larger grid."
+        )
     low, details = x, []
     for _ in range(levels):
         low, detail = _split(_even(low), wavelet)

@@ -1,0 +1,167 @@
+"""Loaders from what people have: folders, datasets, tensors, loaders."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+_RESIZE_RATIO = 0.875
+
+
+class TensorImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images and labels in memory; a whole batch is one indexing operation.
+
+    Args:
+        images: ``[N, C, H, W]``, uint8 or float in [0, 1].
+        labels: ``[N]``, int64.
+
+    Raises:
+        ValueError: If the numbers of images and labels differ.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if len(images) != len(labels):
+            raise ValueError(f"{len(images)} images, but {len(labels)} labels.")
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Returns a batch; PyTorch's loader asks for it in this way."""
+        return self.images[indices], self.labels[indices]
+
+
+class TransformedImages(Dataset[tuple[Tensor, int]]):
+    """A dataset of (PIL image, label) with a transform on the images; tensors pass as they are."""
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = _image_and_label(self.dataset[index])
+        return (image if isinstance(image, Tensor) else self.transform(image)), label
+
+
+def make_loader(
+    data: Any,
+    *,
+    what: str,
+    size: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    train: bool,
+    num_workers: int,
+    seed: int,
+) -> Iterable[Any]:
+    """Makes a loader of batches of images and labels.
+
+    Args:
+        data: A folder of class folders, a dataset of (image, label) or of Hugging Face's dicts,
+            tensors ``(images, labels)``, or a loader, which is returned as it is.
+        what: Name of the argument, for errors.
+        size: Pixels to crop PIL images to.
+        channels: Of the images to make, 1 or 3.
+        batch_size: Images a batch.
+        train: Shuffle, drop the last incomplete batch, and crop and flip PIL images at random.
+        num_workers: Loading processes.
+        seed: Of the order.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        TypeError: If ``data`` is none of these.
+        ValueError: If it is empty.
+    """
+    if isinstance(data, (str, Path)):
+        data = _image_folder(Path(data), what)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
+        data = TensorImages(*data)
+    if _is_loader(data):
+        _refuse_empty(data, what)
+        return data
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        raise TypeError(
+            f"{what} must be a folder, a dataset, tensors (images, labels) or a loader, got {type(data).__name__}."
+        )
+    _refuse_empty(data, what)
+    if not isinstance(data, TensorImages):
+        data = TransformedImages(data, _image_transform(size, channels, train))
+    drop_last = train and len(data) >= batch_size
+    return DataLoader(
+        data,
+        batch_size=batch_size,
+        shuffle=train,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=_as_it_is if isinstance(data, TensorImages) else None,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def images_and_labels(batch: Any) -> tuple[Any, Any]:
+    """Takes a batch apart: ``(images, labels)``, or a dict as Hugging Face's collators make it.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    return _image_and_label(batch)
+
+
+def _image_and_label(sample: Any) -> tuple[Any, Any]:
+    if isinstance(sample, dict):
+        images = next((sample[key] for key in ("pixel_values", "image", "images", "img") if key in sample), None)
+        labels = next((sample[key] for key in ("labels", "label", "fine_label") if key in sample), None)
+        if images is not None and labels is not None:
+            return images, labels
+        raise TypeError(f"a sample has the keys {sorted(sample)}; expected an image and a label.")
+    if isinstance(sample, (tuple, list)) and len(sample) == 2:
+        return sample[0], sample[1]
+    raise TypeError(f"a sample must be (image, label) or a dict of both, got {type(sample).__name__}.")
+
+
+def _is_loader(data: Any) -> bool:
+    return isinstance(data, DataLoader) or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__"))
+
+
+def _refuse_empty(data: Any, what: str) -> None:
+    if hasattr(data, "__len__") and len(data) == 0:
+        hint = ": fewer samples than batch_size with drop_last=True?" if isinstance(data, DataLoader) else ""
+        raise ValueError(f"{what} is empty{hint}.")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _image_folder(path: Path, what: str) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    if not path.is_dir():
+        raise FileNotFoundError(f"{what}={str(path)!r} is no folder.")
+    try:
+        return ImageFolder(str(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"{what}={str(path)!r} must hold one folder of images a class ({error}).") from error
+
+
+def _image_transform(size: tuple[int, int], channels: int, train: bool) -> Callable[[Any], Tensor]:
+    from torchvision.transforms import v2
+
+    crop: Sequence[Any]
+    if train:
+        crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+    else:
+        crop = [v2.Resize(round(min(size) / _RESIZE_RATIO), antialias=True), v2.CenterCrop(size)]
+    colour = v2.Grayscale(1) if channels == 1 else v2.RGB()
+    transform: Callable[[Any], Tensor] = v2.Compose([v2.PILToTensor(), colour, *crop])
+    return transform

@@ -1,0 +1,105 @@
+"""Evaluation of a student: every image counts once, in however many processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hetkd.inputs import check_images
+from hetkd.training.data import images_and_labels, make_loader
+
+if TYPE_CHECKING:
+    from hetkd.distiller import Distiller
+
+
+def evaluate(distiller: Distiller, data: Any, *, batch_size: int) -> dict[str, float]:
+    """Evaluates the student of a distiller on the device where it is; see `hetkd.Distiller.evaluate`."""
+    loader = eval_loader(distiller, data, batch_size, num_workers=0)
+    device = next(distiller.student.parameters()).device
+    return measure(distiller, distiller.student, loader, device)
+
+
+def eval_loader(distiller: Distiller, data: Any, batch_size: int, num_workers: int) -> Iterable[Any]:
+    """Makes a loader in the order of the data, with every image."""
+    spec, size = distiller.student_inputs.spec, distiller.student_inputs.size
+    return make_loader(
+        data,
+        what="val",
+        size=size,
+        channels=spec.channels,
+        batch_size=batch_size,
+        train=False,
+        num_workers=num_workers,
+        seed=0,
+    )
+
+
+def measure(
+    distiller: Distiller, model: nn.Module, loader: Iterable[Any], device: torch.device, accelerator: Any = None
+) -> dict[str, float]:
+    """Measures accuracy and cross-entropy of ``model``, a module of the student's architecture.
+
+    Args:
+        distiller: Knows the student's input transform and what images to expect.
+        model: The student, or the average of its weights.
+        loader: Of images and labels.
+        device: Where to compute.
+        accelerator: Gathers the results of all processes, if given, without the samples that even
+            batches repeat.
+
+    Returns:
+        ``{"top1", "top5", "loss"}``, accuracies in percent.
+
+    Raises:
+        ValueError: If the loader is empty.
+    """
+    from torchmetrics import MeanMetric
+
+    from hetkd.distiller import check_labels
+
+    classes = distiller.classes
+    metrics = _accuracies(classes, device)
+    loss = MeanMetric(sync_on_compute=False).to(device)
+    was_training = model.training
+    model.eval()
+    seen = 0
+    try:
+        with torch.inference_mode():
+            for batch in loader:
+                images, labels = images_and_labels(batch)
+                labels = torch.as_tensor(labels)
+                check_images(
+                    images,
+                    distiller.student_inputs.spec.channels,
+                    look_at_values=seen == 0,
+                    normalized=distiller.normalized,
+                )
+                check_labels(labels, len(images), classes, look_at_values=True)
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                logits = distiller.predict(images, model).float()
+                if accelerator is not None:
+                    logits, labels = accelerator.gather_for_metrics((logits, labels))
+                seen += len(labels)
+                loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+                for metric in metrics.values():
+                    metric.update(logits, labels)
+    finally:
+        model.train(was_training)
+    if seen == 0:
+        raise ValueError("val is empty: its loader yields no batch.")
+    return {**{name: 100 * metric.compute().item() for name, metric in metrics.items()}, "loss": loss.compute().item()}
+
+
+def _accuracies(classes: int, device: torch.device) -> dict[str, Any]:
+    from torchmetrics.classification import MulticlassAccuracy
+
+    return {
+        f"top{k}": MulticlassAccuracy(
+            classes, top_k=min(k, classes), average="micro", validate_args=False, sync_on_compute=False
+        ).to(device)
+        for k in (1, 5)
+    }

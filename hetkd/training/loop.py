@@ -1,0 +1,372 @@
+"""The training loop on Hugging Face Accelerate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hetkd.training.checkpoint import BEST, LAST, RunFolder
+from hetkd.training.data import images_and_labels, make_loader
+from hetkd.training.evaluate import eval_loader, measure
+from hetkd.training.options import TrainingOptions
+from hetkd.training.progress import TrainingProgress
+
+if TYPE_CHECKING:
+    from hetkd.distiller import Distiller
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss term became NaN or Inf; the message names the term, the step and the last good checkpoint."""
+
+
+@dataclass
+class FitResult:
+    """What a training run yields.
+
+    Attributes:
+        history: One record an epoch: ``epoch`` (from 1), ``lr``, ``train/TERM`` (mean of each loss
+            term), ``images_per_second``, ``seconds``, and with validation data ``top1``, ``top5``, ``loss``.
+        best: The record with the highest ``top1`` (without validation data: the last one).
+        output_dir: Where files went, or ``None``.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    output_dir: Path | None = None
+
+
+def fit(
+    distiller: Distiller,
+    train: Any,
+    val: Any,
+    *,
+    epochs: int,
+    output_dir: str | Path | None,
+    resume: bool,
+    options: dict[str, Any],
+) -> FitResult:
+    """Trains; see `hetkd.Distiller.fit`."""
+    checked = TrainingOptions.from_mapping(options)
+    if not (isinstance(epochs, int) and epochs >= 1):
+        raise ValueError(f"epochs={epochs!r} must be a whole number of at least 1.")
+    if resume and output_dir is None:
+        raise ValueError("resume=True needs the output_dir of the run to go on with.")
+    folder = None if output_dir is None else RunFolder(output_dir, resume=resume)
+    return _Run(distiller, train, val, epochs, folder, checked).run(resume)
+
+
+class _Run:
+    """One training run: what is made once, and the steps that use it."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        train: Any,
+        val: Any,
+        epochs: int,
+        folder: RunFolder | None,
+        options: TrainingOptions,
+    ) -> None:
+        from timm.optim import create_optimizer_v2
+        from timm.utils import ModelEmaV3
+
+        self.distiller, self.epochs, self.folder, self.options = distiller, epochs, folder, options
+        train_loader = self._train_loader(train)
+        val_loader = None if val is None else eval_loader(distiller, val, 2 * options.batch_size, options.num_workers)
+        self.accelerator = _accelerator(options)
+        optimizer = create_optimizer_v2(
+            distiller,
+            opt=options.optimizer,
+            lr=options.peak_lr,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(distiller, optimizer)
+        self.device: torch.device = self.accelerator.device
+        self.train = self._prepared(train_loader)
+        self.val = None if val_loader is None else self._prepared(val_loader)
+        self.batches = len(self.train) if hasattr(self.train, "__len__") else None
+        self.updates = None if self.batches is None else math.ceil(self.batches / options.gradient_accumulation)
+        self.scheduler = self._make_scheduler()
+        self.ema = None if options.ema is None else ModelEmaV3(distiller.student, decay=options.ema, use_warmup=True)
+        self.targets = _TargetMaker(options, distiller)
+        self.result = FitResult(output_dir=None if folder is None else folder.path)
+        self.first_epoch = 0
+        self.update = 0
+
+    def _train_loader(self, train: Any) -> Iterable[Any]:
+        transform, options = self.distiller.student_inputs, self.options
+        return make_loader(
+            train,
+            what="train",
+            size=transform.size,
+            channels=transform.spec.channels,
+            batch_size=options.batch_size,
+            train=True,
+            num_workers=options.num_workers,
+            seed=options.seed,
+        )
+
+    def _prepared(self, loader: Iterable[Any]) -> Any:
+        """Shares a loader out to the processes; other iterables are each process's own."""
+        if not isinstance(loader, DataLoader):
+            return loader
+        return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def _make_scheduler(self) -> Any:
+        from timm.scheduler import create_scheduler_v2
+
+        if self.updates is None:
+            if self.options.scheduler != "constant":
+                raise ValueError(
+                    "train is a loader without a length: its schedule is unknown; use scheduler='constant'."
+                )
+            return None
+        scheduler, _ = create_scheduler_v2(
+            self.optimizer.optimizer,
+            sched=self.options.scheduler,
+            num_epochs=self.epochs,
+            warmup_epochs=self.options.warmup_epochs,
+            warmup_prefix=False,
+            warmup_lr=self.options.peak_lr / 100,
+            min_lr=min(self.options.min_lr, self.options.peak_lr),
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+        )
+        return scheduler
+
+    def run(self, resume: bool) -> FitResult:
+        try:
+            if resume:
+                self._restore()
+            if self.folder is not None and self.accelerator.is_main_process:
+                self.folder.start(self._settings(), str(self.distiller.plan))
+            show = self.options.progress and self.accelerator.is_main_process
+            with TrainingProgress(self.epochs, self.batches, self.first_epoch, enabled=show) as progress:
+                if self.first_epoch:
+                    progress.note(f"going on after epoch {self.first_epoch}")
+                for epoch in range(self.first_epoch, self.epochs):
+                    self._epoch(epoch, progress)
+            if self.ema is not None:
+                self.distiller.student.load_state_dict(self.ema.module.state_dict())
+        finally:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return self.result
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "plan": self.distiller.plan.title,
+            "epochs": self.epochs,
+            "effective_batch_size": self.options.batch_size
+            * self.options.gradient_accumulation
+            * self.accelerator.num_processes,
+            "processes": self.accelerator.num_processes,
+            **self.options.settings(),
+        }
+
+    def _epoch(self, epoch: int, progress: TrainingProgress) -> None:
+        start = time.perf_counter()
+        means, images = self._train_epoch(epoch, progress)
+        seconds = time.perf_counter() - start
+        record = {
+            "epoch": float(epoch + 1),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            **{f"train/{name}": value for name, value in means.items()},
+            "images_per_second": images * self.accelerator.num_processes / seconds,
+            "seconds": seconds,
+        }
+        student = self.distiller.student if self.ema is None else self.ema.module
+        if self.val is not None:
+            record |= measure(self.distiller, student, self.val, self.device, self.accelerator)
+        self.result.history.append(record)
+        progress.epoch_done(record)
+        is_best = self.val is None or record["top1"] > self.result.best.get("top1", -1.0)
+        if is_best:
+            self.result.best = record
+        self._save(epoch, student, is_best)
+
+    def _train_epoch(self, epoch: int, progress: TrainingProgress) -> tuple[dict[str, float], int]:
+        from accelerate.utils import set_seed
+
+        # Seeded anew at each epoch, a run that was interrupted goes on as if it had not been.
+        set_seed(self.options.seed + epoch * self.accelerator.num_processes, device_specific=True)
+        self.model.train()
+        if hasattr(self.train, "set_epoch"):
+            self.train.set_epoch(epoch)
+        terms = _Terms(self.folder)
+        images_seen, since = 0, time.perf_counter()
+        step = 0
+        for step, (images, labels) in enumerate(self._batches(), start=1):
+            self._step(epoch, step, images, labels, terms)
+            images_seen += len(images)
+            progress.step()
+            if step % self.options.log_every == 0:
+                newest = terms.read()
+                progress.show(
+                    epoch, newest, images_seen * self.accelerator.num_processes / (time.perf_counter() - since)
+                )
+        if step == 0:
+            raise ValueError("train is empty: its loader yields no batch.")
+        terms.read()
+        return terms.means(), images_seen
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        from hetkd.distiller import check_labels
+
+        for batch in self.train:
+            images, labels = images_and_labels(batch)
+            if isinstance(images, Tensor) and isinstance(labels, Tensor):
+                # Here the labels are still on the CPU, where looking at them costs nothing.
+                check_labels(labels, len(images), self.distiller.classes, labels.device.type == "cpu")
+                images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            yield images, labels
+
+    def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor, terms: _Terms) -> None:
+        images, labels = self.targets(images, labels)
+        with self.accelerator.accumulate(self.model):
+            if self.accelerator.sync_gradients and self.scheduler is not None:
+                self.scheduler.step_update(self.update)
+            output = self.model(images, labels)
+            terms.add(epoch, step, output.terms)
+            self.accelerator.backward(output.loss)
+            if self.accelerator.sync_gradients and self.options.clip_grad is not None:
+                self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.options.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            self.update += 1
+            if self.ema is not None:
+                self.ema.update(self.distiller.student, step=self.update)
+
+    def _save(self, epoch: int, student: nn.Module, is_best: bool) -> None:
+        if self.folder is None:
+            return
+        if self.accelerator.is_main_process:
+            if is_best:
+                self.folder.save_student(student, BEST)
+            self.folder.save_student(student, LAST)
+            self.folder.save_history(self.result.history)
+            self.folder.save_state(
+                {
+                    "epoch": epoch + 1,
+                    "update": self.update,
+                    "distiller": self.distiller.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+                    "ema": None if self.ema is None else self.ema.module.state_dict(),
+                    "history": self.result.history,
+                    "best": self.result.best,
+                }
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        state = None if self.folder is None else self.folder.load_state()
+        if state is None:
+            return
+        self.distiller.load_state_dict(state["distiller"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.first_epoch, self.update = state["epoch"], state["update"]
+        self.result.history, self.result.best = state["history"], state["best"]
+
+
+class _TargetMaker:
+    """Augments and mixes a batch, and smooths its hard labels; teacher and student see the same images."""
+
+    def __init__(self, options: TrainingOptions, distiller: Distiller) -> None:
+        from timm.data import Mixup
+
+        self.augment, self.smoothing = options.augment, options.label_smoothing
+        self.mix = None
+        if options.mixup or options.cutmix:
+            self.mix = Mixup(
+                options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=distiller.classes
+            )
+        self.classes = distiller.classes if self.smoothing else 0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.augment is None and self.mix is None and not self.smoothing:
+            return images, labels
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if self.augment is not None:
+            images = self.augment(images)
+        if self.mix is not None:
+            images, labels = self.mix(images.clone(), labels)
+        elif self.smoothing:
+            labels = F.one_hot(labels, self.classes) * (1 - self.smoothing) + self.smoothing / self.classes
+        return images, labels
+
+
+class _Terms:
+    """Collects loss terms on the device, and reads them now and then so that no step waits for it."""
+
+    def __init__(self, folder: RunFolder | None) -> None:
+        self.folder = folder
+        self.names: list[str] = []
+        self.pending: list[tuple[int, int, Tensor]] = []
+        self.sums: Tensor | None = None
+        self.count = 0
+
+    def add(self, epoch: int, step: int, terms: dict[str, Tensor]) -> None:
+        self.names = list(terms)
+        self.pending.append((epoch, step, torch.stack([term.detach().float() for term in terms.values()])))
+
+    def read(self) -> dict[str, float]:
+        """Returns the newest terms.
+
+        Raises:
+            TrainingDiverged: If a term was NaN or Inf since the last reading.
+        """
+        if self.pending:
+            values = torch.stack([terms for _, _, terms in self.pending]).cpu().double()
+            self._check(values)
+            self.sums = values.sum(0) if self.sums is None else self.sums + values.sum(0)
+            self.count += len(values)
+            self.newest = dict(zip(self.names, values[-1].tolist(), strict=True))
+            self.pending = []
+        return self.newest
+
+    def _check(self, values: Tensor) -> None:
+        bad = (~values.isfinite()).nonzero()
+        if not len(bad):
+            return
+        row, column = bad[0].tolist()
+        epoch, step, _ = self.pending[row]
+        kept = "" if self.folder is None else f" The last good checkpoint is in {self.folder.path}."
+        raise TrainingDiverged(
+            f"the loss term {self.names[column]!r} is {values[row, column].item()} at epoch {epoch + 1}, step {step}: "
+            f"try a lower lr, clip_grad=1.0, or mixed_precision='no'.{kept}"
+        )
+
+    def means(self) -> dict[str, float]:
+        assert self.sums is not None
+        return dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))
+
+
+def _accelerator(options: TrainingOptions) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DataLoaderConfiguration
+
+    # Accelerate keeps its settings for the whole process; a second run may have others.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        cpu=options.cpu,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
+    )

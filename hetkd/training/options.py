@@ -1,0 +1,114 @@
+"""The options of a training run, checked before it starts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from hetkd.methods.base import check_option_names, not_negative, positive
+from hetkd.names import choice, unknown_name
+
+LEARNING_RATES = {"sgd": 0.05, "adamw": 1e-3, "lamb": 5e-3}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How `hetkd.Distiller.fit` trains.
+
+    Attributes:
+        batch_size: Images a step and process, of data that is not a loader.
+        optimizer: A name of timm's optimizers: ``"adamw"``, ``"sgd"``, ``"lamb"``, ...
+        lr: Peak learning rate; ``None``: 1e-3 for adamw, 0.05 for sgd, 5e-3 for lamb.
+        weight_decay: For weights; biases and norms have none.
+        momentum: Of SGD.
+        scheduler: A name of timm's schedulers: ``"cosine"``, ``"step"``, ``"constant"``, ...
+        warmup_epochs: Of linear warm-up from ``lr / 100``; part of ``epochs``.
+        min_lr: Where the schedule ends.
+        mixed_precision: ``"no"``, ``"bf16"``, ``"fp16"``, or ``None``: as ``accelerate launch`` says.
+        gradient_accumulation: Batches an update.
+        clip_grad: Largest norm of the gradient, or ``None``.
+        ema: Decay of the average of the student's weights, e.g. 0.9999; ``None``: no average.
+        mixup: Alpha of mixup, 0 for none.
+        cutmix: Alpha of cutmix, 0 for none.
+        label_smoothing: Of the hard labels; the teacher's part is left as it is.
+        augment: A function on a batch of images ``[B, C, H, W]`` in [0, 1], run on the training
+            device: for example a ``kornia.augmentation.AugmentationSequential``.
+        num_workers: Processes that load data that is not a loader.
+        seed: Of data order, augmentation and initialisation of what is made in the run.
+        cpu: Train on the CPU although there is an accelerator.
+        progress: Show a progress bar and a line an epoch.
+        log_every: Steps between readings of the loss, and looks for NaN.
+    """
+
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float | None = None
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    scheduler: str = "cosine"
+    warmup_epochs: float = 0.0
+    min_lr: float = 1e-6
+    mixed_precision: str | None = None
+    gradient_accumulation: int = 1
+    clip_grad: float | None = None
+    ema: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    augment: Callable[[Tensor], Tensor] | None = None
+    num_workers: int = 0
+    seed: int = 0
+    cpu: bool = False
+    progress: bool = True
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation", "log_every"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "mixup", "cutmix", "num_workers"):
+            not_negative(name, getattr(self, name))
+        for name in ("lr", "clip_grad"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be between 0 and 1, for example 0.9999.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must be at least 0 and less than 1.")
+        if self.mixed_precision is not None:
+            choice("mixed_precision", self.mixed_precision, ["no", "bf16", "fp16"])
+        if self.augment is not None and not callable(self.augment):
+            raise TypeError(f"augment must be a function on a batch of images, got {self.augment!r}.")
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        from timm.optim import list_optimizers
+        from timm.scheduler.scheduler_factory import create_scheduler_v2  # noqa: F401  (fails early if timm moves it)
+
+        if self.optimizer not in list_optimizers():
+            raise unknown_name("optimizer", self.optimizer, list_optimizers())
+        choice("scheduler", self.scheduler, ["cosine", "tanh", "step", "poly", "constant"])
+        if self.lr is None and self.optimizer not in LEARNING_RATES:
+            raise ValueError(f"lr=None, but optimizer {self.optimizer!r} has no default learning rate here; set lr.")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate, or the optimizer's default."""
+        return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+
+    @classmethod
+    def from_mapping(cls, options: dict[str, Any]) -> "TrainingOptions":
+        """Builds options from keywords.
+
+        Raises:
+            ValueError: If a name does not exist (the nearest ones are given) or a value is out of range.
+        """
+        check_option_names("option of fit", options, [field.name for field in fields(cls)])
+        return cls(**options)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the options as JSON values, for records of the run."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "augment": None if self.augment is None else repr(self.augment)}

@@ -1,0 +1,76 @@
+"""What a person sees while training: a bar with loss terms, images/s and time left, and a line an epoch."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """A progress bar over all steps of a run.
+
+    Args:
+        epochs: Of the run.
+        steps: Of an epoch, or ``None`` if the loader does not say.
+        first_epoch: Where it starts, after a resume.
+        enabled: False shows nothing.
+    """
+
+    def __init__(self, epochs: int, steps: int | None, first_epoch: int, *, enabled: bool) -> None:
+        self._epochs = epochs
+        self._console = Console(quiet=not enabled, highlight=False)
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[terms]}"),
+            TextColumn("{task.fields[speed]:.0f} images/s"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not enabled or not self._console.is_terminal,
+        )
+        total = None if steps is None else steps * epochs
+        done = 0 if steps is None else steps * first_epoch
+        self._task: TaskID = self._bar.add_task(
+            "", total=total, completed=done, epoch=first_epoch + 1, terms="", speed=0.0
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self) -> None:
+        """Counts one step."""
+        self._bar.advance(self._task)
+
+    def show(self, epoch: int, terms: Mapping[str, float], speed: float) -> None:
+        """Shows the newest loss terms and speed."""
+        self._bar.update(self._task, epoch=epoch + 1, terms=_listed(terms), speed=speed)
+
+    def epoch_done(self, record: Mapping[str, float]) -> None:
+        """Prints the line of an epoch."""
+        terms = {name.removeprefix("train/"): value for name, value in record.items() if name.startswith("train/")}
+        parts = [
+            f"epoch {int(record['epoch']):>3}/{self._epochs}",
+            _listed(terms),
+            f"{record['images_per_second']:.0f} images/s",
+        ]
+        if "top1" in record:
+            parts.append(f"val top-1 {record['top1']:.2f} top-5 {record['top5']:.2f} loss {record['loss']:.3f}")
+        self._console.print("  ".join(parts), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(text, soft_wrap=True)
+
+
+def _listed(terms: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.3f}" for name, value in terms.items())

@@ -1,0 +1,288 @@
+"""Taps of every family and library: right grids, right logits, one forward."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision.models
+from conftest import batch, tiny_cnn, tiny_vit
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from hetkd import Distiller, HookAdapter, list_adapters, register_adapter
+from hetkd.adapter import adapters, find_adapter, first_tensor, probe
+from hetkd.grid import common_grid, to_grid, tokens_to_map
+from hetkd.plan import choose_stages
+
+TIMM = [
+    ("resnet18", "CNN", 64, [16, 8, 4, 2]),
+    ("mobilenetv2_035", "CNN", 64, [16, 8, 4, 2]),
+    ("mobilenetv3_small_050", "CNN", 64, [16, 8, 4, 2]),
+    ("efficientnet_b0", "CNN", 64, [16, 8, 4, 2]),
+    ("convnext_atto", "CNN", 64, [16, 8, 4, 2]),
+    ("regnetx_002", "CNN", 64, [16, 8, 4, 2]),
+    ("vgg11", "CNN", 64, [16, 8, 4, 2]),
+    ("vit_tiny_patch16_224", "ViT", 64, [4, 4, 4, 4]),
+    ("deit_tiny_patch16_224", "ViT", 64, [4, 4, 4, 4]),
+    ("deit_tiny_distilled_patch16_224", "ViT", 64, [4, 4, 4, 4]),
+    ("beit_base_patch16_224", "ViT", 32, [2, 2, 2, 2]),
+    ("vit_small_patch14_reg4_dinov2", "ViT", 56, [4, 4, 4, 4]),
+    ("swin_tiny_patch4_window7_224", "Swin", 224, [56, 28, 14, 7]),
+    ("swinv2_tiny_window8_256", "Swin", 256, [64, 32, 16, 8]),
+    ("mixer_s32_224", "MLP-Mixer", 224, [7, 7, 7, 7]),
+    ("resmlp_12_224", "MLP-Mixer", 224, [14, 14, 14, 14]),
+    ("gmlp_ti16_224", "MLP-Mixer", 224, [14, 14, 14, 14]),
+]
+
+
+def timm_model(name: str, pixels: int) -> nn.Module:
+    fixed = any(word in name for word in ("vit_", "deit", "beit"))
+    return timm.create_model(name, pretrained=False, **({"img_size": pixels} if fixed else {})).eval()
+
+
+def check_tap(model: nn.Module, family: str, pixels: int, grids: list[int], expected) -> None:
+    adapter = find_adapter(model)
+    assert adapter.family == family
+    x = torch.randn(2, 3, pixels, pixels)
+    stages, classes = probe(adapter, model, x[:1])
+    chosen = choose_stages(stages)
+    assert [stage.grid for stage in chosen] == [(grid, grid) for grid in grids]
+    calls = []
+    handle = model.register_forward_hook(lambda *args: calls.append(1))
+    with torch.no_grad():
+        features = adapter.run(model, x, [stage.name for stage in chosen])
+        handle.remove()
+        assert len(calls) <= 1
+        for stage, x_map in zip(chosen, features.maps, strict=True):
+            assert tuple(x_map.shape) == (2, stage.channels, *stage.grid)
+            assert x_map.std() > 0
+        if expected is None:
+            assert features.logits is None
+            assert classes is None
+        else:
+            assert torch.equal(features.logits, expected(x))
+            assert features.pooled is not None
+            assert features.pooled.ndim == 2
+
+
+@pytest.mark.parametrize(("name", "family", "pixels", "grids"), TIMM)
+def test_timm(name, family, pixels, grids):
+    model = timm_model(name, pixels)
+    check_tap(model, family, pixels, grids, None if "dinov2" in name else model)
+
+
+TORCHVISION = [
+    ("resnet18", "CNN", 64, [16, 8, 4, 2]),
+    ("mobilenet_v2", "CNN", 64, [16, 8, 4, 2]),
+    ("convnext_tiny", "CNN", 64, [16, 8, 4, 2]),
+    ("regnet_y_400mf", "CNN", 64, [16, 8, 4, 2]),
+    ("vit_b_32", "ViT", 224, [7, 7, 7, 7]),
+    ("swin_t", "Swin", 64, [16, 8, 4, 2]),
+]
+
+
+@pytest.mark.parametrize(("name", "family", "pixels", "grids"), TORCHVISION)
+def test_torchvision(name, family, pixels, grids):
+    model = torchvision.models.get_model(name, weights=None).eval()
+    check_tap(model, family, pixels, grids, model)
+
+
+TOKENS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 64,
+}
+SWIN = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "image_size": 64, "window_size": 2}
+HUGGING_FACE = [
+    ("vit", {**TOKENS, "patch_size": 16}, "ViT", [4, 4, 4, 4]),
+    ("deit", {**TOKENS, "patch_size": 16}, "ViT", [4, 4, 4, 4]),
+    ("beit", {**TOKENS, "patch_size": 16}, "ViT", [4, 4, 4, 4]),
+    ("dinov2", {**TOKENS, "patch_size": 16}, "ViT", [4, 4, 4, 4]),
+    ("dinov2_with_registers", {**TOKENS, "patch_size": 16}, "ViT", [4, 4, 4, 4]),
+    ("swin", SWIN, "Swin", [16, 8, 4, 2]),
+    ("swinv2", SWIN, "Swin", [16, 8, 4, 2]),
+    ("resnet", {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, "CNN", [16, 8, 4, 2]),
+    ("convnext", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, "CNN", [16, 8, 4, 2]),
+    ("mobilenet_v2", {"depth_multiplier": 0.35}, "CNN", [16, 8, 4, 2]),
+]
+
+
+def hugging_face(model_type: str, options: dict, head: bool = True) -> nn.Module:
+    config = AutoConfig.for_model(model_type, **options)
+    config.architectures = []  # transformers 5 iterates over it
+    config.num_labels = 5
+    return (AutoModelForImageClassification if head else AutoModel).from_config(config).eval()
+
+
+@pytest.mark.parametrize(("model_type", "options", "family", "grids"), HUGGING_FACE)
+def test_hugging_face(model_type, options, family, grids):
+    model = hugging_face(model_type, options)
+    check_tap(model, family, 64, grids, lambda x: model(x).logits)
+
+
+@pytest.mark.parametrize("model_type", ["dinov2", "convnext"])
+def test_hugging_face_without_a_classifier(model_type):
+    options = next(options for name, options, *_ in HUGGING_FACE if name == model_type)
+    model = hugging_face(model_type, options, head=False)
+    check_tap(
+        model,
+        "ViT" if model_type == "dinov2" else "CNN",
+        64,
+        [4] * 4 if model_type == "dinov2" else [16, 8, 4, 2],
+        None,
+    )
+
+
+class OwnCNN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(16, 24, 3, 2, 1),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class OwnChannelsLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 4, 4)
+        self.blocks = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((1, 2)))
+
+
+class OwnTokens(OwnChannelsLast):
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat([x[:, :1], x], dim=1)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("model", "grids"),
+    [(OwnCNN(), [(16, 24), (8, 12), (4, 6)]), (OwnChannelsLast(), [(8, 12)] * 4), (OwnTokens(), [(8, 12)] * 4)],
+)
+def test_generic_finds_stages_of_any_layout(model, grids):
+    model.eval()
+    adapter = find_adapter(model)
+    x = torch.randn(2, 3, 32, 48)
+    stages, classes = probe(adapter, model, x)
+    assert adapter.family == "other"
+    assert classes == 10
+    assert [stage.grid for stage in choose_stages(stages)] == grids
+    assert torch.equal(adapter.run(model, x, [stages[-1].name]).logits, model(x))
+
+
+def test_timm_model_of_no_family_is_tapped_generically():
+    model = timm.create_model("test_vit4", pretrained=False) if timm.is_model("test_vit4") else tiny_vit()
+    other = timm.create_model("mambaout_femto", pretrained=False).eval()
+    assert find_adapter(model).family == "ViT"
+    adapter = find_adapter(other)
+    stages, _ = probe(adapter, other, torch.randn(1, 3, 64, 64))
+    assert adapter.family == "other"
+    assert [stage.height for stage in choose_stages(stages)] == [16, 8, 4, 2]
+
+
+def test_a_model_without_spatial_features_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    with pytest.raises(ValueError, match="no spatial features"):
+        Distiller(model, tiny_cnn(), "sfkd", input_size={"teacher": 32, "student": 32})
+
+
+def test_probe_leaves_modes_and_statistics_alone():
+    model = tiny_cnn().train()
+    model.layer1.eval()
+    before = copy.deepcopy(model.state_dict())
+    probe(find_adapter(model), model, torch.randn(2, 3, 32, 32))
+    assert model.training
+    assert not model.layer1.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_batch_statistics_are_updated_once():
+    model = tiny_cnn().train()
+    distiller = Distiller(tiny_vit(), model, "sfkd", input_size=32)
+    distiller(*batch())
+    assert model.bn1.num_batches_tracked == 1
+
+
+def test_own_adapter_wins_and_is_listed():
+    @register_adapter("test-own")
+    class OwnAdapter(HookAdapter):
+        family = "own"
+
+        def accepts(self, model):
+            return isinstance(model, OwnCNN)
+
+        def stage_names(self, model, images):
+            return ["body.1", "body.3"]
+
+    try:
+        assert "test-own" in list_adapters()
+        assert find_adapter(OwnCNN()).family == "own"
+        distiller = Distiller(OwnCNN(), tiny_cnn(), "sfkd", input_size={"teacher": 32, "student": 32})
+        assert [row.teacher for row in distiller.plan.rows][:2] == ["body.1", "body.3"]
+        with pytest.raises(ValueError, match="already registered"):
+            register_adapter("test-own")
+    finally:
+        adapters._items.pop("test-own")
+    with pytest.raises(ValueError, match="malformed"):
+        register_adapter("Bad Name")
+    with pytest.raises(TypeError, match="subclass"):
+        register_adapter("not-an-adapter")(OwnCNN)
+
+
+def test_a_stage_that_does_not_run_is_an_error():
+    class Lazy(OwnCNN):
+        def forward(self, x):
+            return self.head(self.body[:4](x).mean((2, 3)).repeat(1, 2)[:, :24])
+
+    adapter = find_adapter(Lazy())
+    with pytest.raises(RuntimeError, match="did not run its stages"):
+        adapter.run(Lazy(), torch.randn(1, 3, 32, 32), ["body.5"])
+
+
+def test_first_tensor_refuses_what_holds_none():
+    assert first_tensor((None, torch.ones(1))).item() == 1
+    with pytest.raises(RuntimeError, match="got str"):
+        first_tensor("no")
+
+
+def test_tokens_to_map_drops_prefix_tokens_and_keeps_order():
+    patches = torch.arange(6.0).reshape(1, 6, 1)
+    tokens = torch.cat([torch.full((1, 2, 1), 99.0), patches], dim=1)
+    expected = torch.arange(6.0).reshape(1, 1, 2, 3)
+    assert torch.equal(tokens_to_map(tokens, (32, 48), 16), expected)
+    assert torch.equal(tokens_to_map(tokens, (32, 48)), expected)
+    with pytest.raises(ValueError, match="do not hold"):
+        tokens_to_map(tokens, (64, 64), 16)
+    with pytest.raises(ValueError, match="do not form a grid"):
+        tokens_to_map(torch.zeros(1, 3, 1), (16, 4800))
+
+
+def test_grids():
+    assert common_grid((14, 14), (7, 7), 4) == (8, 8)
+    assert common_grid((56, 28), (64, 64), 4) == (16, 16)
+    assert common_grid((7, 5), (9, 9), 1) == (7, 5)
+    x = torch.randn(2, 3, 7, 7)
+    assert to_grid(x, (7, 7)) is x
+    constant = torch.full((1, 1, 14, 14), 2.5)
+    torch.testing.assert_close(to_grid(constant, (8, 8)), torch.full((1, 1, 8, 8), 2.5))

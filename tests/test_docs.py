@@ -1,0 +1,63 @@
+"""The snippets of README and docs run as printed, with small stand-ins for models and data from the network."""
+
+import re
+
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+from test_adapters import HUGGING_FACE, hugging_face
+
+from hetkd.adapter import adapters
+
+
+def snippets(path: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (REPOSITORY / path).read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def small_world(tmp_path, monkeypatch):
+    """A directory with a tiny Hugging Face model and tiny image folders, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    hugging_face("vit", HUGGING_FACE[0][1]).save_pretrained("vit")
+    for folder in ("imagenet", "photos"):
+        for split in ("train", "val"):
+            for name in ("a", "b"):
+                (tmp_path / folder / split / name).mkdir(parents=True)
+                for index in range(8 if folder == "photos" else 1):
+                    Image.new("RGB", (80, 60), (30 * index, 0, 0)).save(
+                        tmp_path / folder / split / name / f"{index}.png"
+                    )
+    return tmp_path
+
+
+def run(source: str) -> None:
+    source = source.replace("hf:google/vit-base-patch16-224", "hf:vit")
+    source = re.sub(r"epochs=\d+", "epochs=1", source)
+    source = source.replace("batch_size=128", "batch_size=8").replace("num_workers=8", "num_workers=0")
+    source = source.replace("imagenet/train", "photos/train").replace("imagenet/val", "photos/val")
+    exec(compile(source, "snippet", "exec"), {})
+
+
+def test_readme_has_snippets():
+    assert len(snippets("README.md")) >= 3
+
+
+@pytest.mark.parametrize("index", list(range(len(snippets("README.md")))))
+def test_readme(index, small_world):
+    run(snippets("README.md")[index])
+
+
+@pytest.mark.parametrize("index", list(range(len(snippets("adapters/README.md")))))
+def test_adapters_readme(index, small_world, capsys):
+    try:
+        run(snippets("adapters/README.md")[index])
+        assert "blocks.7" in capsys.readouterr().out
+    finally:
+        adapters._items.pop("stripe", None)
+
+
+def test_readme_names_everything_that_exists():
+    from hetkd import list_methods
+
+    readme = (REPOSITORY / "README.md").read_text()
+    assert all(f"| `{name}` |" in readme for name in list_methods())

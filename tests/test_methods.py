@@ -1,0 +1,352 @@
+"""Losses against independent computations, and the properties that the methods promise."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PAIRS, STUDENT_STAGES, TEACHER_STAGES, features
+from torch import nn
+
+from hetkd import CE, KD, SFKD, UHKD, FeatureMethod, Features, Method, Stage, StagePair, list_methods, register_method
+from hetkd.methods.base import make_method, method_options, methods
+from hetkd.methods.ds2s import DS2S
+from hetkd.methods.matching import ChannelReduction, correlation_loss, infonce, standardize_batch, standardize_sample
+from hetkd.spectral import dwt2, idwt2
+
+SFKD_OPTIONS = [
+    {},
+    {"ds2s": "lite"},
+    {"ds2s": None},
+    {"levels": 0},
+    {"levels": 1, "wavelet": "db2"},
+    {"levels": 2, "streams": "spatial"},
+    {"streams": "spectral", "refinement_stages": 1},
+    {"refinement_stages": 0},
+    {"loss": "mse"},
+    {"loss": "mse", "normalize": "sample"},
+    {"loss": "infonce"},
+    {"loss": "infonce", "normalize": "sample"},
+    {"sigma": 0.0},
+    {"sigma": math.inf, "keep": 3},
+    {"spectrum": "amplitude"},
+    {"normalize": "sample"},
+    {"normalize": "sample", "spectrum": "amplitude"},
+    {"decorrelation": 0.01},
+    {"stage_weights": "learnt"},
+    {"stage_weights": (0.5, 2.0)},
+    {"width": 8},
+    {"width": 8, "reduction": "pca"},
+]
+UHKD_OPTIONS = [
+    {},
+    {"spectrum": "amplitude"},
+    {"spectrum": "amplitude", "compression": "log"},
+    {"compression": "power"},
+    {"normalize": "sample", "keep": 3},
+    {"stage_weights": "learnt", "width": 8, "reduction": "pca"},
+]
+ALL = [(SFKD, o) for o in SFKD_OPTIONS] + [(UHKD, o) for o in UHKD_OPTIONS]
+
+
+def bound(method: Method, pairs=PAIRS) -> Method:
+    method.bind(pairs)
+    return method
+
+
+@pytest.mark.parametrize(("method_class", "options"), ALL)
+def test_every_parameter_learns_by_the_second_step(method_class, options):
+    method = bound(method_class(**options))
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    teacher = features(TEACHER_STAGES)
+    alive: set[str] = set()
+    for _ in range(2):
+        student = features(STUDENT_STAGES, grad=True)
+        terms = method(student, method.encode(teacher), torch.randint(0, 10, (6,)))
+        assert all(term.isfinite() and term.dtype == torch.float32 for term in terms.values())
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        assert all(x.grad.abs().sum() > 0 for x in student.maps)
+        alive |= {name for name, p in method.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        optimizer.step()
+    assert alive == {name for name, _ in method.named_parameters()}
+
+
+def same_pairs() -> list[StagePair]:
+    return [StagePair(stage, stage) for stage in (Stage("a", 16, 8, 8), Stage("b", 32, 7, 7))]
+
+
+@pytest.mark.parametrize(
+    "options", [o for o in SFKD_OPTIONS if o.get("loss") != "infonce" and "decorrelation" not in o and "width" not in o]
+)
+def test_sfkd_is_zero_where_features_are_equal(options):
+    method = bound(SFKD(**options), same_pairs())
+    x = features(tuple(pair.teacher for pair in same_pairs()), size=8)
+    feature_terms = {k: v for k, v in method(x, method.encode(x)).items() if k.startswith("sfkd")}
+    assert len(feature_terms) == 2
+    assert all(term.abs() < 1e-4 for term in feature_terms.values())
+
+
+@pytest.mark.parametrize("options", UHKD_OPTIONS[:5])
+def test_uhkd_is_zero_where_aligned_features_are_equal(options):
+    method = bound(UHKD(**options), same_pairs())
+    x = features(tuple(pair.teacher for pair in same_pairs()), size=8)
+    targets = method.encode(x)
+    standardized = {"batch": lambda t: standardize_batch(t, is_complex=method.spectrum == "complex")}
+    make = standardized.get(method.normalize, standardize_sample)
+    for index in range(2):
+        aligned = make(targets[f"stage{index}"])
+        method.align[index].forward = lambda _, aligned=aligned: aligned
+    terms = method(x, targets)
+    assert terms["uhkd.a"] < 1e-6
+    assert terms["uhkd.b"] < 1e-6
+
+
+@pytest.mark.parametrize("method_class", [SFKD, UHKD])
+@pytest.mark.parametrize("spectrum", ["amplitude", "complex"])
+def test_only_amplitude_ignores_circular_shifts_of_the_teacher(method_class, spectrum):
+    method = bound(method_class(spectrum=spectrum), same_pairs())
+    x = features(tuple(pair.teacher for pair in same_pairs()))
+    shifted = Features(x.logits, tuple(m.roll((3, 2), dims=(2, 3)) for m in x.maps))
+    # On the second pair, sfkd resamples 7 x 7 to 8 x 8, where a shift is none of whole pixels.
+    a, b = method.encode(x)["stage0"], method.encode(shifted)["stage0"]
+    assert torch.allclose(a, b, atol=1e-4) == (spectrum == "amplitude")
+
+
+@pytest.mark.parametrize(("method_class", "options"), ALL)
+def test_encode_has_no_parameters_and_no_gradient_and_works_per_image(method_class, options):
+    method = bound(method_class(**options))
+    teacher = features(TEACHER_STAGES, size=6, grad=True)
+    learnt = {id(p) for p in method.parameters()}
+    assert not learnt & {id(p) for p in method.reduce.parameters()}
+    targets = method.encode(teacher)
+    assert not any(target.requires_grad for target in targets.values())
+    part = method.encode(Features(teacher.logits[2:4], tuple(x[2:4] for x in teacher.maps)))
+    for name, target in targets.items():
+        torch.testing.assert_close(part[name], target[2:4])
+
+
+@pytest.mark.parametrize("method_class", [SFKD, UHKD])
+def test_targets_are_compact(method_class):
+    method = bound(method_class())
+    teacher = features((Stage("t", 768, 14, 14), Stage("u", 768, 7, 7)))
+    method = bound(
+        method_class(), [StagePair(s, STUDENT_STAGES[1]) for s in (Stage("t", 768, 14, 14), Stage("u", 768, 7, 7))]
+    )
+    targets = method.encode(teacher)
+    assert all(t[0].numel() <= 256 * 5 * 3 * 2 for name, t in targets.items() if name != "logits")
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2, 3])
+@pytest.mark.parametrize("lite", [False, True])
+def test_refinement_starts_as_the_identity_and_then_changes_every_band(levels, lite):
+    refine = DS2S(6, (16, 8), levels, lite=lite)
+    x = torch.randn(3, 6, 16, 8)
+    bands = dwt2(x, "haar", levels)
+    for ours, theirs in zip(refine(bands).details, bands.details, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(idwt2(refine(bands)), x)
+    for parameter in refine.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    refined = refine(bands)
+    for ours, theirs in zip([refined.low, *refined.details], [bands.low, *bands.details], strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().mean() > 0.01
+
+
+def test_low_and_high_frequencies_exchange_information():
+    refine = DS2S(4, (8, 8), 2)
+    for parameter in refine.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 4, 8, 8)
+    low_only = dwt2(F.interpolate(x.mean((2, 3), keepdim=True), (8, 8)), "haar", 2)
+    assert all(detail.abs().max() < 1e-5 for detail in low_only.details)
+    assert all(detail.abs().max() > 0.01 for detail in refine(low_only).details)
+
+
+def test_lite_has_a_fraction_of_the_parameters():
+    def size(ds2s):
+        return sum(p.numel() for p in DS2S(256, (8, 8), 2, lite=ds2s == "lite").parameters())
+
+    assert size("lite") < size("full") / 5
+
+
+def test_spectral_gate_equals_a_gate_on_the_fft():
+    refine = DS2S(3, (8, 6), 0, streams="spectral", stages=1)
+    gate = nn.init.normal_(refine.gates[0].gate.weight)
+    x = torch.randn(2, 3, 8, 6)
+    rows, columns = torch.tensor([0, 1, 2, 3, 4, 3, 2, 1]), torch.arange(4)
+    full = gate[:, 0][:, rows][..., columns]
+    expected = x + torch.fft.irfft2(torch.fft.rfft2(x) * full, s=(8, 6))
+    torch.testing.assert_close(refine(dwt2(x, "haar", 0)).low, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_correlation_loss_of_real_coefficients_equals_numpy():
+    student, target = torch.randn(20, 3, 2, dtype=torch.float64), torch.randn(20, 3, 2, dtype=torch.float64)
+    weight = torch.tensor([1.0, 0.25], dtype=torch.float64)
+    rho = torch.stack(
+        [
+            torch.stack([torch.corrcoef(torch.stack([student[:, d, k], target[:, d, k]]))[0, 1] for k in range(2)])
+            for d in range(3)
+        ]
+    )
+    expected = ((1 - rho) ** 2 * weight).sum() / (3 * weight.sum())
+    torch.testing.assert_close(correlation_loss(student, target, weight), expected)
+
+
+def test_correlation_loss_at_zero_frequency_is_the_diagonal_of_rsd():
+    student, target = torch.randn(32, 5, dtype=torch.float64), torch.randn(32, 5, dtype=torch.float64)
+    s = (student - student.mean(0)) / student.std(0, unbiased=False)
+    t = (target - target.mean(0)) / target.std(0, unbiased=False)
+    cross = s.T @ t / 32
+    on = (torch.diagonal(cross) - 1).square().mean()
+    off = (cross.square().sum() - torch.diagonal(cross).square().sum()) / 5
+    one = torch.ones((), dtype=torch.float64)
+    torch.testing.assert_close(correlation_loss(student, target, one), on)
+    torch.testing.assert_close(correlation_loss(student, target, one, decorrelation=0.01), on + 0.01 * off)
+
+
+def test_correlation_loss_ignores_scale_shift_and_constant_targets():
+    target = torch.randn(16, 4, 3, 2)
+    student = 3 * target + 5
+    weight = torch.ones(3)
+    assert correlation_loss(student, target, weight, is_complex=True) < 1e-6
+    target[:, 2] = 7.0
+    assert correlation_loss(student, target, weight, is_complex=True) < 1e-6
+    assert correlation_loss(-student, target, weight, is_complex=True) == pytest.approx(4.0, abs=1e-4)
+
+
+def test_a_batch_of_one_has_no_statistics():
+    with pytest.raises(ValueError, match="batch of one image"):
+        standardize_batch(torch.ones(1, 3))
+
+
+def test_infonce_is_the_log_of_the_batch_where_nothing_is_learnt():
+    constant = torch.ones(8, 3)
+    assert infonce(constant, constant).item() == pytest.approx(math.log(8))
+    distinct = torch.eye(8)
+    assert infonce(distinct, distinct) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "pca"])
+def test_channel_reduction_is_orthonormal_and_fixed(kind):
+    reduce = ChannelReduction(24, 8, kind)
+    x = torch.randn(16, 24, 5, 5) @ torch.randn(5, 5)
+    first = reduce(x)
+    assert first.shape == (16, 8, 5, 5)
+    torch.testing.assert_close(reduce.basis.T @ reduce.basis, torch.eye(8), atol=1e-5, rtol=1e-5)
+    other = torch.randn(4, 24, 5, 5)
+    torch.testing.assert_close(reduce(other), torch.einsum("bchw,cd->bdhw", other, reduce.basis))
+    restored = ChannelReduction(24, 8, kind)
+    restored.load_state_dict(reduce.state_dict())
+    torch.testing.assert_close(restored(x), first)
+
+
+def test_pca_keeps_the_most_variance():
+    x = torch.randn(64, 24, 3, 3) * torch.linspace(0.1, 3, 24)[:, None, None]
+    pca, orthogonal = ChannelReduction(24, 8, "pca")(x), ChannelReduction(24, 8)(x)
+    flat = x.transpose(0, 1).flatten(1).double()
+    top = torch.linalg.eigvalsh(torch.cov(flat, correction=0)).flip(0)[:8].sum()
+    variance = pca.double().transpose(0, 1).flatten(1).var(1, unbiased=False).sum()
+    torch.testing.assert_close(variance, top, atol=1e-3, rtol=1e-4)
+    assert variance > orthogonal.transpose(0, 1).flatten(1).var(1).sum()
+
+
+def test_kd_equals_the_formula_in_float64():
+    student, teacher = features(STUDENT_STAGES), features(TEACHER_STAGES)
+    labels = torch.randint(0, 10, (6,))
+    method = bound(KD(temperature=3.0, kd_weight=0.7, ce_weight=0.5), [])
+    terms = method(student, method.encode(Features(teacher.logits, ())), labels)
+    p = (teacher.logits.double() / 3).softmax(1)
+    q = (student.logits.double() / 3).softmax(1)
+    assert terms["kd"].item() == pytest.approx((0.7 * 9 * (p * (p / q).log()).sum(1).mean()).item(), rel=1e-5)
+    chosen = student.logits.double().softmax(1).gather(1, labels[:, None])
+    assert terms["ce"].item() == pytest.approx((-0.5 * chosen.log().mean()).item(), rel=1e-5)
+    same = method(Features(teacher.logits, ()), method.encode(Features(teacher.logits, ())))
+    assert same["kd"].abs() < 1e-6
+    assert "ce" not in same
+
+
+def test_soft_labels_give_soft_cross_entropy():
+    student = features(STUDENT_STAGES)
+    labels = torch.rand(6, 10).softmax(1)
+    terms = bound(CE(), [])(student, {}, labels)
+    expected = -(labels * student.logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(terms["ce"], expected)
+    with pytest.raises(ValueError, match="labels=None"):
+        CE()(student, {}, None)
+
+
+def test_late_stages_weigh_three_times_the_one_before():
+    method = bound(SFKD())
+    assert method._weights == pytest.approx([0.25, 0.75])
+
+
+def test_learnt_weights_follow_the_uncertainty():
+    method = bound(SFKD(stage_weights="learnt", feature_weight=2.0))
+    fixed = bound(SFKD(stage_weights=(0.5, 0.5), feature_weight=2.0))
+    fixed.load_state_dict({k: v for k, v in method.state_dict().items() if k != "log_variance"})
+    student, teacher = features(STUDENT_STAGES), features(TEACHER_STAGES)
+    with torch.no_grad():
+        method.log_variance.copy_(torch.tensor([1.0, -1.0]))
+    ours, plain = method(student, method.encode(teacher)), fixed(student, fixed.encode(teacher))
+    assert ours["sfkd.s1"].item() == pytest.approx(plain["sfkd.s1"].item() * math.exp(-1) + 1.0, rel=1e-5)
+    assert ours["sfkd.s2"].item() == pytest.approx(plain["sfkd.s2"].item() * math.exp(1) - 1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method_class", [SFKD, UHKD])
+def test_half_precision_features_under_autocast(method_class, dtype):
+    method = bound(method_class())
+    teacher, student = features(TEACHER_STAGES), features(STUDENT_STAGES)
+    half = Features(student.logits.to(dtype), tuple(x.to(dtype) for x in student.maps))
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method(half, method.encode(teacher))
+    reference = method(student, method.encode(teacher))
+    for name, term in terms.items():
+        assert term.dtype == torch.float32
+        assert term.item() == pytest.approx(reference[name].item(), rel=0.03, abs=0.01)
+
+
+def test_a_method_serves_one_distiller():
+    with pytest.raises(RuntimeError, match="serves another Distiller"):
+        bound(bound(SFKD()))
+
+
+def test_own_method_by_name():
+    @register_method("test-last-map")
+    class LastMap(FeatureMethod):
+        """Mean squared error of pooled maps."""
+
+        term = "last"
+        automatic_stages = 1
+
+        def __init__(self, *, feature_weight: float = 1.0) -> None:
+            super().__init__(
+                feature_weight=feature_weight, stage_weights=None, ce_weight=1.0, kd_weight=0.0, temperature=1.0
+            )
+
+        def bind(self, pairs):
+            super().bind(pairs)
+            self.linear = nn.Linear(pairs[0].student.channels, pairs[0].teacher.channels)
+
+        def encode_stage(self, index, x):
+            return x.mean((2, 3))
+
+        def compare(self, index, x, target):
+            return F.mse_loss(self.linear(x.mean((2, 3))), target)
+
+    try:
+        assert "test-last-map" in list_methods()
+        method = bound(make_method("test-last-map", {"feature_weight": 2.0}), PAIRS[-1:])
+        student, teacher = features(STUDENT_STAGES[1:]), features(TEACHER_STAGES[1:])
+        assert set(method(student, method.encode(teacher), torch.zeros(6, dtype=torch.int64))) == {"ce", "last.s2"}
+    finally:
+        methods._items.pop("test-last-map")
+
+
+def test_every_option_is_documented():
+    for name in list_methods():
+        method_class = methods[name]
+        for option in method_options(method_class):
+            assert f"{option}:" in method_class.__doc__, f"{name} does not document {option}"

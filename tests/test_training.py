@@ -1,0 +1,212 @@
+"""Training end to end on small real models."""
+
+import json
+
+import kornia.augmentation as K
+import pytest
+import timm
+import torch
+from conftest import batch, tiny_cnn, tiny_vit
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+from hetkd import Distiller, load_model
+from hetkd.training import TrainingOptions
+from hetkd.training.loop import _TargetMaker
+
+QUIET = {"progress": False, "cpu": True}
+
+
+def make(method="sfkd", **kwargs) -> Distiller:
+    torch.manual_seed(0)
+    return Distiller(tiny_vit(), tiny_cnn(), method, input_size=64, **kwargs)
+
+
+def bright_or_dark(count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ten classes of brightness: easy to learn."""
+    labels = torch.arange(count) % 10
+    images = (labels[:, None, None, None] / 10 + 0.05 * torch.rand(count, 3, 32, 32)).clamp(0, 1)
+    return images, labels
+
+
+def test_learns_and_reports(tmp_path, capsys):
+    data = bright_or_dark(80)
+    distiller = make("ce")
+    before = distiller.evaluate(data)
+    result = distiller.fit(data, data, epochs=6, output_dir=tmp_path / "run", batch_size=16, lr=3e-3, cpu=True)
+    assert len(result.history) == 6
+    assert result.best["top1"] > before["top1"] + 20
+    assert result.best["top1"] == max(record["top1"] for record in result.history)
+    assert {"epoch", "lr", "train/ce", "images_per_second", "seconds", "top1", "top5", "loss"} <= set(result.history[0])
+    assert result.history[0]["lr"] > result.history[-1]["lr"]
+    out = capsys.readouterr().out
+    assert "epoch   6/6" in out
+    assert "val top-1" in out
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "best.safetensors",
+        "last.safetensors",
+        "history.json",
+        "settings.json",
+        "plan.txt",
+        "checkpoint",
+    }
+    assert json.loads((tmp_path / "run" / "history.json").read_text()) == result.history
+    best = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(tmp_path / "run" / "best.safetensors"))
+    assert make(
+        "ce",
+    ).evaluate(data) != distiller.evaluate(data)
+    again = Distiller(None, best, "ce", input_size=64).evaluate(data)
+    assert again["top1"] == pytest.approx(result.best["top1"])
+    assert distiller.evaluate(data)["top1"] == pytest.approx(result.history[-1]["top1"])
+
+
+def test_evaluate_equals_a_computation_by_hand():
+    images, labels = batch(23)
+    distiller = make("kd")
+    metrics = distiller.evaluate((images, labels), batch_size=7)
+    with torch.no_grad():
+        logits = distiller.eval().predict(images)
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+    assert metrics["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+    assert metrics["top5"] == pytest.approx(100 * top5)
+    assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["kd", "sfkd"])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, method):
+    data = bright_or_dark(48)
+    options = {**QUIET, "batch_size": 16, "ema": 0.9, "mixup": 0.2, "augment": K.RandomHorizontalFlip(p=0.5)}
+    whole = make(method)
+    expected = whole.fit(data, data, epochs=3, output_dir=tmp_path / "a", **options)
+
+    class Interrupt(Exception):
+        pass
+
+    stopped = make(method)
+    calls = 0
+    original = stopped.method.forward
+
+    def interrupting(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Interrupt
+        return original(*args)
+
+    stopped.method.forward = interrupting
+    with pytest.raises(Interrupt):
+        stopped.fit(data, data, epochs=3, output_dir=tmp_path / "b", **options)
+    resumed = make(method)
+    result = resumed.fit(data, data, epochs=3, output_dir=tmp_path / "b", resume=True, **options)
+    timing = ("seconds", "images_per_second")
+    for ours, theirs in zip(result.history, expected.history, strict=True):
+        assert {k: v for k, v in ours.items() if k not in timing} == {
+            k: v for k, v in theirs.items() if k not in timing
+        }
+    for key, value in whole.student.state_dict().items():
+        assert torch.equal(value, resumed.student.state_dict()[key]), key
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path):
+    result = make("kd").fit(bright_or_dark(16), epochs=1, output_dir=tmp_path, resume=True, **QUIET)
+    assert len(result.history) == 1
+    assert result.best == result.history[-1]
+
+
+def test_same_seed_same_run():
+    runs = []
+    for _ in range(2):
+        distiller = make()
+        distiller.fit(bright_or_dark(32), epochs=2, batch_size=8, **QUIET)
+        runs.append(distiller.student.state_dict())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_accumulated_gradients_equal_those_of_a_large_batch():
+    data = bright_or_dark(32)
+    weights = []
+    for batch_size, accumulation in ((16, 1), (8, 2)):
+        torch.manual_seed(0)
+        student = timm.create_model("test_convnext", num_classes=10, drop_path_rate=0.0)
+        distiller = Distiller(tiny_vit(), student, "kd", input_size=64)
+        distiller.fit(
+            data, epochs=1, batch_size=batch_size, gradient_accumulation=accumulation, optimizer="sgd", lr=0.01, **QUIET
+        )
+        weights.append(distiller.student.state_dict())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mixed_precision": "bf16"}, {"clip_grad": 1.0, "label_smoothing": 0.1}, {"cutmix": 1.0, "mixup": 0.8}]
+)
+def test_options_train_with_finite_terms(options):
+    result = make().fit(
+        bright_or_dark(32), epochs=1, batch_size=16, warmup_epochs=0.5, optimizer="sgd", **options, **QUIET
+    )
+    assert all(value == value for value in result.history[0].values())
+
+
+def test_precision_may_change_between_runs():
+    distiller = make("kd")
+    for precision in ("bf16", "no"):
+        distiller.fit(bright_or_dark(16), epochs=1, mixed_precision=precision, **QUIET)
+    assert distiller.predict(batch()[0]).dtype == torch.float32
+    assert "_original_forward" not in vars(distiller)
+
+
+def test_label_smoothing_and_mixing_make_soft_labels():
+    distiller = make("kd")
+    images, labels = batch(4)
+    smooth = _TargetMaker(TrainingOptions(label_smoothing=0.1), distiller)(images, labels)
+    assert torch.equal(smooth[0], images)
+    torch.testing.assert_close(smooth[1].sum(1), torch.ones(4))
+    assert smooth[1].max().item() == pytest.approx(0.91)
+    mixed_images, mixed = _TargetMaker(TrainingOptions(mixup=1.0), distiller)((images * 255).to(torch.uint8), labels)
+    torch.testing.assert_close(mixed.sum(1), torch.ones(4))
+    assert mixed_images.min() >= 0
+    assert mixed_images.max() <= 1
+
+
+def test_ema_ends_in_the_student():
+    data = bright_or_dark(32)
+    plain, averaged = make("ce"), make("ce")
+    plain.fit(data, epochs=2, batch_size=8, **QUIET)
+    result = averaged.fit(data, data, epochs=2, batch_size=8, ema=0.99, **QUIET)
+    assert not torch.equal(plain.student.fc.weight, averaged.student.fc.weight)
+    assert averaged.evaluate(data)["top1"] == pytest.approx(result.history[-1]["top1"])
+
+
+def test_loaders_datasets_dicts_and_folders(tmp_path):
+    images, labels = bright_or_dark(20)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=10)
+    dicts = [{"image": Image.new("RGB", (40, 30), (10 * k, 0, 0)), "label": k} for k in range(10)]
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("L", (50, 40), 40 * index).save(tmp_path / split / name / f"{index}.png")
+    distiller = make("kd")
+    distiller.fit(loader, loader, epochs=1, **QUIET)
+    distiller.fit(dicts, dicts, epochs=1, batch_size=5, **QUIET)
+    distiller.fit(tmp_path / "train", str(tmp_path / "val"), epochs=1, batch_size=4, num_workers=1, **QUIET)
+    distiller.fit(((pair for pair in [(images, labels)])), epochs=1, scheduler="constant", **QUIET)
+
+
+def test_one_channel_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    for index in range(4):
+        Image.new("RGB", (50, 40), (40 * index, 0, 0)).save(tmp_path / "a" / f"{index}.png")
+    Distiller(None, tiny_cnn(in_chans=1), "ce", input_size=32).fit(tmp_path, epochs=1, batch_size=2, **QUIET)
+
+
+def test_weight_decay_spares_what_the_student_says():
+    distiller = Distiller(tiny_cnn(), tiny_vit(), "kd")
+    assert {"student.pos_embed", "student.cls_token"} <= distiller.no_weight_decay()
+
+
+def test_last_student_survives_a_half_written_file(tmp_path):
+    distiller = make("kd")
+    distiller.fit(bright_or_dark(16), epochs=1, output_dir=tmp_path, **QUIET)
+    assert not list(tmp_path.rglob("*.tmp"))
+    load_model("test_resnet", num_classes=10, weights=tmp_path / "last.safetensors")
