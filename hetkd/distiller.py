@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.adapter import Adapter, Features, Stage, StagePair, find_adapter, output_logits, probe
-from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, input_spec
+from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, check_labels, input_spec
 from hetkd.methods import CE, Method, make_method
 from hetkd.methods.feature import count_parameters
 from hetkd.models import architecture_name, load_model, save_model
@@ -385,36 +385,3 @@ def _as_size(size: Any) -> tuple[int, int]:
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(v, int) and v > 0 for v in pair)):
         raise ValueError(f"input_size has {size!r}: give positive pixels, a number or (height, width).")
     return pair[0], pair[1]
-
-
-def check_labels(labels: Any, batch: int, classes: int | None, look_at_values: bool) -> None:
-    """Refuses labels of a wrong dtype, shape or range.
-
-    Args:
-        labels: The candidate: ``[B]`` int64 or ``[B, classes]`` float.
-        batch: Number of images.
-        classes: Of the student; ``None`` leaves the range unchecked.
-        look_at_values: Also check the range, which on a GPU waits for the device.
-
-    Raises:
-        TypeError: If it is no tensor, or of a wrong dtype.
-        ValueError: If shape or range are wrong.
-    """
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}.")
-    if labels.ndim == 2 and labels.is_floating_point():
-        if labels.shape != (batch, classes or labels.shape[1]):
-            raise ValueError(f"labels have shape {list(labels.shape)}, not [{batch}, {classes}].")
-        return
-    if labels.dtype != torch.int64:
-        raise TypeError(
-            f"labels have dtype {labels.dtype}: give class indices as int64 (labels.long()) or class probabilities "
-            "[B, classes] as float."
-        )
-    if labels.shape != (batch,):
-        raise ValueError(f"labels have shape {list(labels.shape)} for {batch} images; give [{batch}].")
-    if look_at_values and classes is not None and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-        raise ValueError(
-            f"labels range from {int(labels.min())} to {int(labels.max())}, but the student has {classes} classes "
-            f"(0 to {classes - 1})."
-        )

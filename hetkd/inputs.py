@@ -166,3 +166,36 @@ def _check_range(images: Tensor, normalized: bool) -> None:
         f"images range from {low:.4g} to {high:.4g}, not in [0, 1]: if the loader normalised them already, "
         "say so with Distiller(..., normalized=(mean, std))."
     )
+
+
+def check_labels(labels: Any, batch: int, classes: int | None, look_at_values: bool) -> None:
+    """Refuses labels of a wrong dtype, shape or range.
+
+    Args:
+        labels: The candidate: ``[B]`` int64 or ``[B, classes]`` float.
+        batch: Number of images.
+        classes: Of the student; ``None`` leaves the range unchecked.
+        look_at_values: Also check the range, which on a GPU waits for the device.
+
+    Raises:
+        TypeError: If it is no tensor, or of a wrong dtype.
+        ValueError: If shape or range are wrong.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}.")
+    if labels.ndim == 2 and labels.is_floating_point():
+        if labels.shape != (batch, classes or labels.shape[1]):
+            raise ValueError(f"labels have shape {list(labels.shape)}, not [{batch}, {classes}].")
+        return
+    if labels.dtype != torch.int64:
+        raise TypeError(
+            f"labels have dtype {labels.dtype}: give class indices as int64 (labels.long()) or class probabilities "
+            "[B, classes] as float."
+        )
+    if labels.shape != (batch,):
+        raise ValueError(f"labels have shape {list(labels.shape)} for {batch} images; give [{batch}].")
+    if look_at_values and classes is not None and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
+        raise ValueError(
+            f"labels range from {int(labels.min())} to {int(labels.max())}, but the student has {classes} classes "
+            f"(0 to {classes - 1})."
+        )

@@ -1,6 +1,6 @@
 """What `test_distributed.py` launches: first steps and an evaluation, by one process or several.
 
-    torchrun --nproc_per_node 2 tests/distributed_worker.py OUT.pt
+torchrun --nproc_per_node 2 tests/distributed_worker.py OUT.pt
 """
 
 import sys

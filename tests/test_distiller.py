@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from test_adapters import HUGGING_FACE, OwnCNN, hugging_face
 from torch import nn
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification, BitImageProcessor, ViTImageProcessor
 
 import hetkd
 from hetkd import SFKD, Distiller, load_model
@@ -172,9 +172,9 @@ def test_input_specs_of_the_libraries():
     assert input_spec(tiny_vit(in_chans=1)).mean == (0.5,)
     assert input_spec(torchvision.models.resnet18(weights=None)).mean == (0.485, 0.456, 0.406)
     assert input_spec(torchvision.models.vit_b_32(weights=None)).size == (224, 224)
-    vit, deit = hugging_face("vit", HUGGING_FACE[0][1]), hugging_face("deit", HUGGING_FACE[1][1])
+    vit, dinov2 = hugging_face("vit", HUGGING_FACE[0][1]), hugging_face("dinov2", HUGGING_FACE[3][1])
     assert (input_spec(vit).mean, input_spec(vit).size) == ((0.5, 0.5, 0.5), (64, 64))
-    assert input_spec(deit).std == DeiTImageProcessor().image_std == (0.5, 0.5, 0.5)
+    assert input_spec(dinov2).mean == tuple(BitImageProcessor().image_mean) != (0.5, 0.5, 0.5)
     assert input_spec(nn.Linear(2, 2)).channels == 3
 
 

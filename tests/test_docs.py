@@ -61,3 +61,10 @@ def test_readme_names_everything_that_exists():
 
     readme = (REPOSITORY / "README.md").read_text()
     assert all(f"| `{name}` |" in readme for name in list_methods())
+
+
+def test_readme_shows_the_plan_as_it_is():
+    from hetkd import Distiller, load_model
+
+    teacher = load_model("vit_tiny_patch16_224", pretrained=False)
+    assert str(Distiller(teacher, "resnet18", "sfkd").plan) in (REPOSITORY / "README.md").read_text()

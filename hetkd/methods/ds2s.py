@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.grid import to_grid
 from hetkd.spectral import Bands, real_fourier_basis
+from hetkd.spectral.precision import separable
 
 LITE_RANK = 4
 _KERNEL = 3
@@ -101,8 +101,12 @@ def _to_bands(groups: list[Tensor]) -> Bands:
 
 
 def _resample(x: Tensor, like: Tensor) -> Tensor:
-    size = (like.shape[-2], like.shape[-1])
-    return to_grid(x.flatten(1, 2), size).unflatten(1, x.shape[1:3])
+    """Brings bands to the grid of another level, which is a power of two coarser or finer."""
+    if x.shape[-2:] == like.shape[-2:]:
+        return x
+    size, flat = like.shape[-2:], x.flatten(1, 2)
+    resampled = F.interpolate(flat, size) if size[0] > x.shape[-2] else F.avg_pool2d(flat, x.shape[-2] // size[0])
+    return resampled.unflatten(1, x.shape[1:3])
 
 
 class ChannelWeights(nn.Module):
@@ -146,7 +150,7 @@ class SpectralGate(nn.Module):
         """Maps ``[B, D, bands, h, w]`` to the gate's contribution, of the same shape."""
         gate = self.gate()[:, :, self.row_frequency][..., self.column_frequency]
         rows, columns = self.row_basis.to(x.dtype), self.column_basis.to(x.dtype)
-        return rows.T @ ((rows @ x @ columns.T) * gate) @ columns
+        return separable(separable(x, rows, columns) * gate, rows.T, columns.T)
 
 
 class BandBalance(nn.Module):

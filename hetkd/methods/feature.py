@@ -100,3 +100,24 @@ class FeatureMethod(Method):
 def count_parameters(*modules: nn.Module) -> int:
     """Returns the number of parameters that the modules learn."""
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+
+def kept_frequencies(keep: int | None, pair: StagePair, largest: int) -> int:
+    """Returns the frequencies K per axis that are compared: ``keep``, or 5 where the grid has that many.
+
+    Args:
+        keep: What the user asks for, if anything.
+        pair: The stage pair, for the error.
+        largest: The smallest side of the grid on which frequencies are taken.
+
+    Raises:
+        ValueError: If ``keep`` is not between 1 and ``largest``.
+    """
+    if keep is None:
+        return min(5, largest)
+    if not 1 <= keep <= largest:
+        raise ValueError(
+            f"keep={keep} must be between 1 and {largest}, the smallest side of the grid of the stage pair "
+            f"{pair.teacher} / {pair.student}."
+        )
+    return keep

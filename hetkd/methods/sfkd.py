@@ -12,7 +12,7 @@ from hetkd.adapter import StagePair
 from hetkd.grid import common_grid, to_grid
 from hetkd.methods.base import not_negative, positive, register_method
 from hetkd.methods.ds2s import DS2S
-from hetkd.methods.feature import FeatureMethod, count_parameters
+from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
 from hetkd.methods.matching import (
     ChannelReduction,
     correlation_loss,
@@ -134,7 +134,9 @@ class SFKD(FeatureMethod):
             common_grid(pair.teacher.grid, pair.student.grid, 2**levels)
             for pair, levels in zip(pairs, self._levels, strict=True)
         ]
-        self._keeps = [self._keep_of(pair, grid) for pair, grid in zip(pairs, self._grids, strict=True)]
+        self._keeps = [
+            kept_frequencies(self.keep, pair, min(grid)) for pair, grid in zip(pairs, self._grids, strict=True)
+        ]
         self.reduce = nn.ModuleList(ChannelReduction(p.teacher.channels, self.width, self.reduction) for p in pairs)
         self.project = nn.ModuleList(
             aligning_projection(p.student.channels, min(p.teacher.channels, self.width)) for p in pairs
@@ -154,16 +156,6 @@ class SFKD(FeatureMethod):
                 f"{pair.teacher} / {pair.student} has less: use levels={_most_levels(pair)}, other stages or a larger "
                 "input_size."
             )
-
-    def _keep_of(self, pair: StagePair, grid: tuple[int, int]) -> int:
-        if self.keep is None:
-            return min(5, *grid)
-        if not 1 <= self.keep <= min(grid):
-            raise ValueError(
-                f"keep={self.keep} must be between 1 and the common grid's side {min(grid)} of the stage pair "
-                f"{pair.teacher} / {pair.student}."
-            )
-        return self.keep
 
     def _refinement(self, index: int, pair: StagePair) -> nn.Module:
         # On a single pixel, refinement could only scale a channel, which the loss does not see.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hetkd.adapter import StagePair
 from hetkd.methods.base import positive, register_method
-from hetkd.methods.feature import FeatureMethod, count_parameters
+from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
 from hetkd.methods.matching import ChannelReduction, standardize_batch, standardize_sample, weighted_mse
 from hetkd.names import choice
 from hetkd.spectral import amplitude, half_plane_window, low_frequencies
@@ -89,7 +89,7 @@ class UHKD(FeatureMethod):
             ValueError: If a grid is too small for ``keep``.
         """
         super().bind(pairs)
-        self._keeps = [kept_frequencies(self.keep, pair) for pair in pairs]
+        self._keeps = [kept_frequencies(self.keep, p, min(*p.teacher.grid, *p.student.grid)) for p in pairs]
         self.reduce = nn.ModuleList(ChannelReduction(p.teacher.channels, self.width, self.reduction) for p in pairs)
         self.align = nn.ModuleList(
             FAM(p.student.channels, min(p.teacher.channels, self.width), keep, self)
@@ -160,20 +160,3 @@ class FAM(nn.Module):
 def spectrum_per_pixel(x: Tensor, keep: int) -> Tensor:
     """Returns low frequencies scaled as by an orthonormal transform: white noise has unit coefficients on any grid."""
     return low_frequencies(x, keep, half=True) * (x.shape[-2] * x.shape[-1]) ** 0.5
-
-
-def kept_frequencies(keep: int | None, pair: StagePair) -> int:
-    """Returns K for a stage pair: ``keep``, or 5 where both grids have that many.
-
-    Raises:
-        ValueError: If ``keep`` is not between 1 and the smallest side of both grids.
-    """
-    largest = min(*pair.teacher.grid, *pair.student.grid)
-    if keep is None:
-        return min(5, largest)
-    if not 1 <= keep <= largest:
-        raise ValueError(
-            f"keep={keep} must be between 1 and the smallest side {largest} of the stage pair "
-            f"{pair.teacher} / {pair.student}."
-        )
-    return keep

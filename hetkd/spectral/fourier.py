@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hetkd.spectral.precision import full_precision
+from hetkd.spectral.precision import full_precision, separable
 
 
 def frequencies(keep: int, *, half: bool = False) -> list[int]:
@@ -51,7 +51,7 @@ def low_frequencies(x: Tensor, keep: int, *, half: bool = False) -> Tensor:
         raise ValueError(f"keep={keep} must be between 1 and the smaller side of the {height} x {width} grid.")
     rows = _dft_matrix(frequencies(keep), height, x)
     columns = _dft_matrix(frequencies(keep, half=half), width, x)
-    both = rows.flatten(0, 1) @ (x @ columns.flatten(0, 1).T)
+    both = separable(x, rows.flatten(0, 1), columns.flatten(0, 1))
     quadrants = both.unflatten(-2, (2, -1)).unflatten(-1, (2, -1))
     cos_cos, cos_sin = quadrants[..., 0, :, 0, :], quadrants[..., 0, :, 1, :]
     sin_cos, sin_sin = quadrants[..., 1, :, 0, :], quadrants[..., 1, :, 1, :]

@@ -1,4 +1,4 @@
-"""The numeric rule of the spectral core: float32 inside, autocast off, float64 kept."""
+"""What all transforms share: float32 inside, autocast off, float64 kept; and separable products."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -31,3 +31,19 @@ def at_least_float32(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"expected a real floating-point tensor, got dtype {x.dtype}.")
     return x if x.dtype == torch.float64 else x.float()
+
+
+def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Computes ``rows @ x @ columns.T`` for maps ``[..., h, w]``.
+
+    As two products with all maps at once, which is several times faster than one small product a map.
+
+    Args:
+        x: ``[..., h, w]``.
+        rows: ``[m, h]``.
+        columns: ``[n, w]``.
+
+    Returns:
+        ``[..., m, n]``.
+    """
+    return ((x @ columns.T).transpose(-1, -2) @ rows.T).transpose(-1, -2)

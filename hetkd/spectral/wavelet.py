@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetkd.names import unknown_name
-from hetkd.spectral.precision import at_least_float32, full_precision
+from hetkd.spectral.precision import at_least_float32, full_precision, separable
 
 
 class Bands(NamedTuple):
@@ -116,7 +116,7 @@ def _split(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
         )
         return ll, torch.stack([lh, hl, hh], dim=-3)
     height, width = x.shape[-2:]
-    y = _analysis(wavelet, height, x) @ x @ _analysis(wavelet, width, x).T
+    y = separable(x, _analysis(wavelet, height, x), _analysis(wavelet, width, x))
     top, bottom = y.split(height // 2, dim=-2)
     (ll, hl), (lh, hh) = top.split(width // 2, dim=-1), bottom.split(width // 2, dim=-1)
     return ll, torch.stack([lh, hl, hh], dim=-3)
@@ -129,7 +129,7 @@ def _merge(low: Tensor, detail: Tensor, wavelet: str) -> Tensor:
         return _interleave(low_rows + high_rows, low_rows - high_rows, -2) / 2
     y = torch.cat([torch.cat([low, hl], dim=-1), torch.cat([lh, hh], dim=-1)], dim=-2)
     height, width = y.shape[-2:]
-    return _analysis(wavelet, height, y).T @ y @ _analysis(wavelet, width, y)
+    return separable(y, _analysis(wavelet, height, y).T, _analysis(wavelet, width, y).T)
 
 
 def _interleave(even: Tensor, odd: Tensor, dim: int) -> Tensor:

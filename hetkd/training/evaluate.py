@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hetkd.inputs import check_images
+from hetkd.inputs import check_images, check_labels
 from hetkd.training.data import images_and_labels, make_loader
 
 if TYPE_CHECKING:
@@ -58,8 +58,6 @@ def measure(
         ValueError: If the loader is empty.
     """
     from torchmetrics import MeanMetric
-
-    from hetkd.distiller import check_labels
 
     classes = distiller.classes
     metrics = _accuracies(classes, device)

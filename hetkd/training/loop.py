@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hetkd.inputs import check_labels
 from hetkd.training.checkpoint import BEST, LAST, RunFolder
-from hetkd.training.data import images_and_labels, make_loader
+from hetkd.training.data import TensorImages, images_and_labels, make_loader
 from hetkd.training.evaluate import eval_loader, measure
 from hetkd.training.options import TrainingOptions
 from hetkd.training.progress import TrainingProgress
@@ -120,6 +122,9 @@ class _Run:
         """Shares a loader out to the processes; other iterables are each process's own."""
         if not isinstance(loader, DataLoader):
             return loader
+        if isinstance(loader.dataset, TensorImages):  # all labels are at hand: look before any training
+            labels = loader.dataset.labels
+            check_labels(labels, len(labels), self.distiller.classes, look_at_values=True)
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
     def _make_scheduler(self) -> Any:
@@ -170,6 +175,7 @@ class _Run:
             * self.options.gradient_accumulation
             * self.accelerator.num_processes,
             "processes": self.accelerator.num_processes,
+            "versions": {name: version(name) for name in ("hetkd", "torch", "timm", "accelerate")},
             **self.options.settings(),
         }
 
@@ -220,8 +226,6 @@ class _Run:
         return terms.means(), images_seen
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        from hetkd.distiller import check_labels
-
         for batch in self.train:
             images, labels = images_and_labels(batch)
             if isinstance(images, Tensor) and isinstance(labels, Tensor):
@@ -305,6 +309,8 @@ class _TargetMaker:
         if self.augment is not None:
             images = self.augment(images)
         if self.mix is not None:
+            if len(images) % 2:
+                raise ValueError(f"mixup and cutmix need an even batch, got {len(images)} images: use drop_last=True.")
             images, labels = self.mix(images.clone(), labels)
         elif self.smoothing:
             labels = F.one_hot(labels, self.classes) * (1 - self.smoothing) + self.smoothing / self.classes

@@ -85,7 +85,6 @@ class TrainingOptions:
 
     def _check_optimizer(self) -> None:
         from timm.optim import list_optimizers
-        from timm.scheduler.scheduler_factory import create_scheduler_v2  # noqa: F401  (fails early if timm moves it)
 
         if self.optimizer not in list_optimizers():
             raise unknown_name("optimizer", self.optimizer, list_optimizers())
