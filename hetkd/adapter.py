@@ -7,7 +7,8 @@ An adapter knows one family of models. It is found through the entry-point group
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -258,21 +259,27 @@ def _load_entry_points() -> None:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and afterwards every submodule back into the mode it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
 def probe(adapter: Adapter, model: nn.Module, images: Tensor) -> tuple[list[Stage], int | None]:
     """Runs ``model`` once, without gradients and in eval mode.
 
     Returns:
         All its stages with their shapes, and its number of classes (``None`` without a classifier).
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            names = adapter.stage_names(model, images)
-            features = adapter.run(model, images, names)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with eval_mode(model), torch.no_grad():
+        names = adapter.stage_names(model, images)
+        features = adapter.run(model, images, names)
     stages = [Stage(name, *_map_shape(name, x)) for name, x in zip(names, features.maps, strict=True)]
     return stages, None if features.logits is None else features.logits.shape[1]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hetkd.adapter import Adapter, Features, Stage, StagePair, find_adapter, output_logits, probe
 from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, check_labels, input_spec
-from hetkd.methods import CE, Method, make_method
+from hetkd.methods import Method, make_method
 from hetkd.methods.feature import count_parameters
 from hetkd.models import architecture_name, load_model, save_model
 from hetkd.names import unknown_name
@@ -93,7 +93,8 @@ class Distiller(nn.Module):
         sizes = _sizes(input_size)
         tap = _teacher_tap(teacher, made, sizes.get("teacher"), normalized)
         if isinstance(student, str):
-            student = load_model(student, pretrained=False, num_classes=num_classes or (tap.classes if tap else None))
+            classes = tap.classes if num_classes is None and tap is not None else num_classes
+            student = load_model(student, pretrained=False, num_classes=classes)
         elif num_classes is not None:
             raise ValueError("num_classes is for a student given as a string; a module keeps the classes it has.")
         if not isinstance(student, nn.Module):
@@ -102,16 +103,23 @@ class Distiller(nn.Module):
             raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
         self.student = student
         self.normalized = normalized is not None
-        self._teacher = tap  # no nn.Module, hence in no parameters(), state_dict() or DDP bucket
+        # A tap is no nn.Module: the teacher is in no parameters(), state_dict() or DDP bucket.
+        self._teacher = tap if made.uses_teacher else None
         self._student = Tap("student", student, sizes.get("student"), normalized)
         self.student_inputs = self._student.inputs
         self.method = made
         self._bind(stages)
         self.plan = self._make_plan()
         self._looked_at_values = False
+        self.to(self._student.device)  # what was made here follows models that were on their device before
 
     def _bind(self, stages: Sequence[StageChoice] | None) -> None:
         teacher, student, method = self._teacher, self._student, self.method
+        if teacher is not None and teacher.spec.channels != student.spec.channels:
+            raise ValueError(
+                f"the teacher takes images of {teacher.spec.channels} channels and the student of "
+                f"{student.spec.channels}: build one of them with load_model(..., in_chans=...)."
+            )
         if student.classes is None and (method.ce_weight or method.uses_teacher_logits):
             raise ValueError("the student has no classifier: give it one with num_classes=...")
         if method.uses_teacher_logits:
@@ -131,9 +139,10 @@ class Distiller(nn.Module):
 
     def _make_plan(self) -> Plan:
         teacher, student, method = self._teacher, self._student, self.method
+        automatic = pair_stages(teacher.stages, student.stages) if teacher is not None else []
         rows = [
             PlanRow(
-                str(index + 1),
+                str(automatic.index(pair)) if pair in automatic else "own",
                 pair.teacher.name,
                 (pair.teacher.channels, *pair.teacher.grid),
                 pair.student.name,
@@ -155,15 +164,15 @@ class Distiller(nn.Module):
         return None if self._teacher is None else self._teacher.model
 
     @property
-    def classes(self) -> int:
-        """The number of classes of the student.
-
-        Raises:
-            ValueError: If the student has no classifier.
-        """
-        if self._student.classes is None:
-            raise ValueError("the student has no classifier: give it one with num_classes=...")
+    def classes(self) -> int | None:
+        """The number of classes of the student; ``None`` without a classifier."""
         return self._student.classes
+
+    @property
+    def loading_size(self) -> tuple[int, int]:
+        """Height and width that training images need so that neither model sees them enlarged."""
+        sizes = [tap.size for tap in (self._teacher, self._student) if tap is not None]
+        return max(size[0] for size in sizes), max(size[1] for size in sizes)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> DistillerOutput:
         """Computes the loss of one training step.
@@ -200,7 +209,7 @@ class Distiller(nn.Module):
         Raises:
             ValueError: If the student has no classifier.
         """
-        logits = output_logits((model or self.student)(self.student_inputs(images)))
+        logits = output_logits((self.student if model is None else model)(self._student.prepare(images)))
         if logits is None:
             raise ValueError("the student has no classifier: give it one with num_classes=...")
         return logits
@@ -238,6 +247,7 @@ class Distiller(nn.Module):
         """
         from hetkd.training.loop import fit
 
+        self._looked_at_values = False
         return fit(self, train, val, epochs=epochs, output_dir=output_dir, resume=resume, options=options)
 
     def evaluate(self, data: Any, *, batch_size: int = 128) -> dict[str, float]:
@@ -277,9 +287,8 @@ class Distiller(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = next(self.student.parameters()).device
-        if self._teacher is not None and device.type != "meta":
-            self._teacher.to(device)
+        if self._teacher is not None and self._student.device.type != "meta":
+            self._teacher.to(self._student.device)
         return self
 
 
@@ -297,9 +306,7 @@ class Tap:
         self.stages, self.classes = self._dry_run(sample)
 
     def _dry_run(self, sample: Tensor) -> tuple[list[Stage], int | None]:
-        parameter = next(self.model.parameters(), None)
-        if parameter is not None:
-            sample = sample.to(device=parameter.device, dtype=parameter.dtype)
+        sample = sample.to(self._like())
         try:
             return probe(self.adapter, self.model, sample)
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -321,13 +328,21 @@ class Tap:
         self.names = names
         self._distinct = sorted(set(names), key=order.index)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._like().device
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Resizes and normalises raw images ``[B, C, H, W]``, in the dtype of the model."""
+        return self.inputs(images).to(self._like().dtype)
+
+    def _like(self) -> Tensor:
+        return next(self.model.parameters(), self.inputs.scale)
+
     def run(self, images: Tensor) -> Features:
         """Runs the model once on raw images ``[B, C, H, W]``; maps come in the order of `select`."""
-        x = self.inputs(images)
-        parameter = next(self.model.parameters(), None)
-        if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16, torch.float64):
-            x = x.to(parameter.dtype)
-        features = self.adapter.run(self.model, x, self._distinct)
+        features = self.adapter.run(self.model, self.prepare(images), self._distinct)
         if len(features.maps) != len(self._distinct):
             raise RuntimeError(
                 f"adapter {type(self.adapter).__name__} returned {len(features.maps)} feature maps for the stages "
@@ -345,7 +360,7 @@ class Tap:
 def _teacher_tap(
     teacher: str | nn.Module | None, method: Method, size: Size | None, normalized: Normalization | None
 ) -> Tap | None:
-    if isinstance(method, CE):
+    if teacher is None and not method.uses_teacher:
         return None
     if teacher is None:
         raise ValueError(f"teacher=None, but {type(method).__name__} needs one; only method='ce' does without.")

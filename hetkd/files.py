@@ -30,4 +30,4 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")

@@ -42,8 +42,10 @@ def input_spec(model: nn.Module) -> InputSpec:
     if hasattr(model, "config") and hasattr(model.config, "model_type"):
         return _hugging_face_spec(model)
     channels = _first_channels(model)
-    size = getattr(model, "image_size", 224)
-    return InputSpec(channels, _pair(size), *_for_channels(IMAGENET_MEAN, IMAGENET_STD, channels))
+    settings: Any = getattr(model, "input_settings", {})  # of hetkd.load_model("torchvision:...")
+    size = settings.get("size") or getattr(model, "image_size", 224)
+    mean, std = settings.get("mean", IMAGENET_MEAN), settings.get("std", IMAGENET_STD)
+    return InputSpec(channels, _pair(size), *_for_channels(mean, std, channels))
 
 
 def _timm_spec(model: Any) -> InputSpec:
@@ -64,6 +66,8 @@ def _hugging_face_spec(model: Any) -> InputSpec:
     if not isinstance(size, (int, list, tuple)):
         size = size.get("shortest_edge") or (size["height"], size["width"])
     mean, std = settings.get("image_mean") or IMAGENET_MEAN, settings.get("image_std") or IMAGENET_STD
+    if settings.get("do_normalize") is False:
+        mean, std = (0.0,), (1.0,)
     return InputSpec(channels, _pair(size), *_for_channels(mean, std, channels))
 
 

@@ -86,11 +86,14 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise unknown_name("torchvision model", name, known)
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    preset = weights.transforms()
+    settings = {"size": preset.crop_size[0], "mean": preset.mean, "std": preset.std}
     if not pretrained:
         classes = {} if num_classes is None else {"num_classes": num_classes}
-        model: nn.Module = torchvision.models.get_model(name, weights=None, **classes, **kwargs)
+        model: Any = torchvision.models.get_model(name, weights=None, **classes, **kwargs)
+        model.input_settings = settings
         return model
-    weights = torchvision.models.get_model_weights(name).DEFAULT
     classes_of_weights = len(weights.meta["categories"])
     if num_classes not in (None, classes_of_weights):
         raise ValueError(
@@ -104,6 +107,7 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
         lambda: torch.hub.load_state_dict_from_url(weights.url, map_location="cpu", check_hash=True, weights_only=True),
     )
     model.load_state_dict(state)
+    model.input_settings = settings
     return model
 
 

@@ -90,7 +90,8 @@ class PlanRow:
     """One line of the plan: a stage pair, or the logits.
 
     Attributes:
-        stage: Number from 1, or ``"logits"``.
+        stage: Row of the automatic pairing, as ``stages=`` takes it; ``"own"`` for a pair that is not
+            in it; or ``"logits"``.
         teacher: Path of the teacher's module.
         teacher_shape: ``(C, h, w)``, or ``(classes,)``.
         student: Path of the student's module.

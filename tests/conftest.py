@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
 import pytest
 import timm
 import torch

@@ -179,7 +179,9 @@ def test_input_specs_of_the_libraries():
 
 
 def test_stages_by_row_name_and_pair():
-    assert [r.student for r in distiller(stages=[0, -1]).plan.rows] == ["layer1", "layer4", ""]
+    rows = distiller(stages=[0, -1]).plan.rows
+    assert [(r.stage, r.student) for r in rows] == [("0", "layer1"), ("3", "layer4"), ("logits", "")]
+    assert [r.stage for r in distiller().plan.rows] == ["2", "3", "logits"]
     assert distiller(stages=["layer2"]).plan.rows[0].teacher == "blocks.1"
     rows = distiller(stages=[("blocks.3", "layer2"), ("blocks.3", "layer4")]).plan.rows
     assert [(r.teacher, r.student) for r in rows[:2]] == [("blocks.3", "layer2"), ("blocks.3", "layer4")]
@@ -217,6 +219,30 @@ def test_student_string_gets_the_teachers_classes():
     d = Distiller(tiny_vit(num_classes=7), "timm:test_resnet", "kd")
     assert d.classes == 7
     assert Distiller(None, "test_resnet", "ce", num_classes=3).classes == 3
+    assert Distiller(tiny_vit(num_classes=7), "test_resnet", "ce").classes == 7
+
+
+def test_two_pairs_on_one_student_stage_are_two_terms():
+    d = distiller(stages=[("blocks.2", "layer4"), ("blocks.3", "layer4"), ("blocks.3", "layer3")])
+    output = d(batch()[0])
+    assert set(output.terms) == {"kd", "sfkd.blocks.2-layer4", "sfkd.blocks.3-layer4", "sfkd.layer3"}
+
+
+def test_training_images_are_loaded_large_enough_for_both():
+    assert Distiller(tiny_vit(), tiny_cnn(), "kd", input_size=(24, 64)).loading_size == (32, 64)
+    assert Distiller(tiny_vit(), tiny_cnn(), "ce", input_size=24).loading_size == (24, 24)
+
+
+def test_label_free_student_without_a_classifier_trains():
+    d = Distiller(tiny_vit(), tiny_cnn(num_classes=0), "sfkd", input_size=64, ce_weight=0.0, kd_weight=0.0)
+    result = d.fit((batch()[0], torch.zeros(8, dtype=torch.int64)), epochs=1, batch_size=4, progress=False, cpu=True)
+    assert set(result.history[0]) >= {"train/sfkd.layer3", "train/sfkd.layer4"}
+
+
+def test_half_precision_distiller_steps_and_predicts():
+    d = distiller().bfloat16()
+    assert d(*batch()).loss.isfinite()
+    assert d.eval().predict(batch()[0]).dtype == torch.bfloat16
 
 
 def test_one_channel():

@@ -16,7 +16,7 @@ def launch(processes: int, out: Path) -> list[dict]:
     # On the CPU, accelerate launch starts one process (or leaves it to MPI); torchrun is what it calls for several.
     launchers = {
         1: ["accelerate.commands.launch", "--cpu", "--num_processes=1"],
-        2: ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"],
+        2: ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     }
     command = [sys.executable, "-m", *launchers[processes]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}

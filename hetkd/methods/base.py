@@ -54,6 +54,16 @@ class Method(nn.Module, ABC):
         """Whether the teacher must have a classifier over the student's classes."""
         return self.kd_weight > 0
 
+    @property
+    def needs_batch(self) -> bool:
+        """Whether the loss takes statistics over the batch, so that it needs more than one image."""
+        return False
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the name and the options of the method, for records of a run."""
+        options = {name: getattr(self, name) for name in method_options(type(self)) if hasattr(self, name)}
+        return {"name": type(self).__name__, **options}
+
     def bind(self, pairs: Sequence[StagePair]) -> None:
         """Makes the parameters for these stage pairs. Called once, by `hetkd.Distiller`.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.adapter import Features, StagePair
-from hetkd.methods.base import Method, not_negative
+from hetkd.methods.base import Method, positive
 from hetkd.names import unknown_name
 from hetkd.spectral.precision import at_least_float32
 
@@ -42,7 +42,7 @@ class FeatureMethod(Method):
         temperature: float,
     ) -> None:
         super().__init__(ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature)
-        self.feature_weight = not_negative("feature_weight", feature_weight)
+        self.feature_weight = positive("feature_weight", feature_weight)
         if isinstance(stage_weights, str) and stage_weights != "learnt":
             raise unknown_name("stage_weights", stage_weights, ["learnt"])
         self.stage_weights = stage_weights
@@ -57,6 +57,9 @@ class FeatureMethod(Method):
         if not pairs:
             raise ValueError(f"method {self.term!r} compares features, but there is no stage pair to compare.")
         self._weights = self._fixed_weights(len(pairs))
+        self._names = [self._term_name(pair) for pair in pairs]
+        if len(set(self._names)) < len(pairs):
+            raise ValueError(f"stages has the same pair twice: {self._names}.")
         self.log_variance = nn.Parameter(torch.zeros(len(pairs))) if self.stage_weights == "learnt" else None
 
     def _fixed_weights(self, count: int) -> list[float]:
@@ -65,22 +68,27 @@ class FeatureMethod(Method):
         if self.stage_weights is None:
             growing = [STAGE_RATIO**index for index in range(count)]
             return [weight / sum(growing) for weight in growing]
-        weights = [not_negative("stage_weights", float(weight)) for weight in self.stage_weights]
+        weights = [positive("stage_weights", float(weight)) for weight in self.stage_weights]
         if len(weights) != count:
             raise ValueError(f"stage_weights={tuple(weights)} has {len(weights)} entries for {count} stage pairs.")
         return weights
+
+    def _term_name(self, pair: StagePair) -> str:
+        of_student = [other for other in self.pairs or () if other.student.name == pair.student.name]
+        between = "" if len(of_student) == 1 else f"{pair.teacher.name}-"
+        return f"{self.term}.{between}{pair.student.name}"
 
     def feature_terms(self, student: Features, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns one weighted term a stage pair, named after the student's stage."""
         assert self.pairs is not None, "bind comes first"
         terms = {}
-        for index, pair in enumerate(self.pairs):
+        for index in range(len(self.pairs)):
             x = student.maps[index]
             with torch.autocast(x.device.type, enabled=False):
                 loss = self.compare(index, at_least_float32(x), targets[f"stage{index}"])
             if self.log_variance is not None:
                 loss = loss * torch.exp(-self.log_variance[index]) + self.log_variance[index]
-            terms[f"{self.term}.{pair.student.name}"] = self.feature_weight * self._weights[index] * loss
+            terms[self._names[index]] = self.feature_weight * self._weights[index] * loss
         return terms
 
     def encode_map(self, index: int, x: Tensor) -> Tensor:

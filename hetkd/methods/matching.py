@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from hetkd.distributed import gather_over_processes, sum_over_processes, world_size
 
 _EPS = 1e-12
+_RELATIVE_EPS = 1e-10
 
 
 def standardize_sample(x: Tensor) -> Tensor:
@@ -28,7 +29,9 @@ def standardize_batch(x: Tensor, *, is_complex: bool = False) -> Tensor:
     variance = _batch_mean(centred.square())
     if is_complex:
         variance = variance.sum(-1, keepdim=True)
-    return centred * (variance + _EPS).rsqrt()
+    # Rounding noise on a constant coefficient is no variance.
+    floor = _RELATIVE_EPS * _batch_mean(x.square()) + _EPS
+    return centred * (variance + (floor.sum(-1, keepdim=True) if is_complex else floor)).rsqrt()
 
 
 def correlation_loss(

@@ -121,6 +121,11 @@ class SFKD(FeatureMethod):
         self.width = int(positive("width", width))
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
 
+    @property
+    def needs_batch(self) -> bool:
+        """True with ``normalize="batch"`` and for InfoNCE."""
+        return self.normalize == "batch" or self.loss == "infonce"
+
     def bind(self, pairs: Sequence[StagePair]) -> None:
         """Makes projections and refinements for these stage pairs; see `Method.bind`.
 

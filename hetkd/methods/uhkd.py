@@ -82,6 +82,11 @@ class UHKD(FeatureMethod):
         self.width = int(positive("width", width))
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
 
+    @property
+    def needs_batch(self) -> bool:
+        """True with ``normalize="batch"``."""
+        return self.normalize == "batch"
+
     def bind(self, pairs: Sequence[StagePair]) -> None:
         """Makes the alignment modules for these stage pairs; see `Method.bind`.
 
@@ -149,12 +154,12 @@ class FAM(nn.Module):
             nn.Conv2d(channels, width, kernel_size=1), nn.GroupNorm(1, width), nn.GELU(), nn.Conv2d(width, width, 1)
         )
         parts = (2,) if method.spectrum == "complex" else ()
-        self.scale = nn.Parameter(torch.ones(width, keep, keep // 2 + 1, *(1 for _ in parts)))
+        self.gain = nn.Parameter(torch.zeros(width, keep, keep // 2 + 1, *(1 for _ in parts)))
         self.bias = nn.Parameter(torch.zeros(width, keep, keep // 2 + 1, *parts))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, C, h, w]`` to ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
-        return self.compress(spectrum_per_pixel(self.layers(x), self.keep)) * self.scale + self.bias
+        return self.compress(spectrum_per_pixel(self.layers(x), self.keep)) * (1 + self.gain) + self.bias
 
 
 def spectrum_per_pixel(x: Tensor, keep: int) -> Tensor:

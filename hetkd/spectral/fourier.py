@@ -49,8 +49,8 @@ def low_frequencies(x: Tensor, keep: int, *, half: bool = False) -> Tensor:
     height, width = x.shape[-2:]
     if not 1 <= keep <= min(height, width):
         raise ValueError(f"keep={keep} must be between 1 and the smaller side of the {height} x {width} grid.")
-    rows = _dft_matrix(frequencies(keep), height, x)
-    columns = _dft_matrix(frequencies(keep, half=half), width, x)
+    rows = _dft_matrix(-(keep // 2), keep - keep // 2, height, x)
+    columns = _dft_matrix(*((0, keep // 2 + 1) if half else (-(keep // 2), keep - keep // 2)), width, x)
     both = separable(x, rows.flatten(0, 1), columns.flatten(0, 1))
     quadrants = both.unflatten(-2, (2, -1)).unflatten(-1, (2, -1))
     cos_cos, cos_sin = quadrants[..., 0, :, 0, :], quadrants[..., 0, :, 1, :]
@@ -58,9 +58,9 @@ def low_frequencies(x: Tensor, keep: int, *, half: bool = False) -> Tensor:
     return torch.stack([cos_cos - sin_sin, -(cos_sin + sin_cos)], dim=-1)
 
 
-def _dft_matrix(rows: list[int], size: int, like: Tensor) -> Tensor:
-    """Returns the cosines and sines ``[2, rows, size]`` of the DFT's rows, divided by ``size``."""
-    frequency = torch.tensor(rows, dtype=like.dtype, device=like.device)
+def _dft_matrix(first: int, end: int, size: int, like: Tensor) -> Tensor:
+    """Returns cosines and sines ``[2, end - first, size]`` of the integer frequencies, divided by ``size``."""
+    frequency = torch.arange(first, end, dtype=like.dtype, device=like.device)
     position = torch.arange(size, dtype=like.dtype, device=like.device)
     angle = torch.outer(frequency, position) * (2 * math.pi / size)
     return torch.stack([angle.cos(), angle.sin()]) / size

@@ -1,5 +1,6 @@
 """Checkpoints of a run: best and last student, and everything that is needed to go on."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class RunFolder:
         """Replaces the state of the training by a newer one; at every moment one of them is whole."""
         self.checkpoint.mkdir(exist_ok=True)
         write_atomically(self.checkpoint / _STATE, lambda temporary: torch.save(state, temporary))
+
+    def load_settings(self) -> dict[str, Any] | None:
+        """Returns the settings of the run in this folder, or ``None`` if there is none yet."""
+        path = self.path / SETTINGS
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def load_state(self) -> dict[str, Any] | None:
         """Returns the state of the training, or ``None`` if there is none yet.

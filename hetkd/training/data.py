@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -61,7 +60,6 @@ def make_loader(
     batch_size: int,
     train: bool,
     num_workers: int,
-    seed: int,
 ) -> Iterable[Any]:
     """Makes a loader of batches of images and labels.
 
@@ -74,7 +72,6 @@ def make_loader(
         batch_size: Images a batch.
         train: Shuffle, drop the last incomplete batch, and crop and flip PIL images at random.
         num_workers: Loading processes.
-        seed: Of the order.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -102,9 +99,7 @@ def make_loader(
         shuffle=train,
         drop_last=drop_last,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         collate_fn=_as_it_is if isinstance(data, TensorImages) else None,
-        generator=torch.Generator().manual_seed(seed),
     )
 
 
@@ -161,7 +156,7 @@ def _image_transform(size: tuple[int, int], channels: int, train: bool) -> Calla
     if train:
         crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True), v2.RandomHorizontalFlip()]
     else:
-        crop = [v2.Resize(round(min(size) / _RESIZE_RATIO), antialias=True), v2.CenterCrop(size)]
+        crop = [v2.Resize(round(max(size) / _RESIZE_RATIO), antialias=True), v2.CenterCrop(size)]
     colour = v2.Grayscale(1) if channels == 1 else v2.RGB()
     transform: Callable[[Any], Tensor] = v2.Compose([v2.PILToTensor(), colour, *crop])
     return transform

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hetkd.adapter import eval_mode
 from hetkd.inputs import check_images, check_labels
 from hetkd.training.data import images_and_labels, make_loader
 
@@ -34,7 +36,6 @@ def eval_loader(distiller: Distiller, data: Any, batch_size: int, num_workers: i
         batch_size=batch_size,
         train=False,
         num_workers=num_workers,
-        seed=0,
     )
 
 
@@ -60,33 +61,35 @@ def measure(
     from torchmetrics import MeanMetric
 
     classes = distiller.classes
+    if classes is None:
+        raise ValueError(
+            "the student has no classifier to evaluate: leave val out, or give it one with num_classes=..."
+        )
     metrics = _accuracies(classes, device)
     loss = MeanMetric(sync_on_compute=False).to(device)
-    was_training = model.training
-    model.eval()
+    autocast = nullcontext() if accelerator is None else accelerator.autocast()
     seen = 0
-    try:
-        with torch.inference_mode():
-            for batch in loader:
-                images, labels = images_and_labels(batch)
-                labels = torch.as_tensor(labels)
-                check_images(
-                    images,
-                    distiller.student_inputs.spec.channels,
-                    look_at_values=seen == 0,
-                    normalized=distiller.normalized,
-                )
-                check_labels(labels, len(images), classes, look_at_values=True)
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                logits = distiller.predict(images, model).float()
-                if accelerator is not None:
-                    logits, labels = accelerator.gather_for_metrics((logits, labels))
-                seen += len(labels)
-                loss.update(F.cross_entropy(logits, labels), weight=len(labels))
-                for metric in metrics.values():
-                    metric.update(logits, labels)
-    finally:
-        model.train(was_training)
+    with eval_mode(model), torch.inference_mode(), autocast:
+        for batch in loader:
+            images, labels = images_and_labels(batch)
+            labels = torch.as_tensor(labels)
+            if labels.ndim != 1:
+                raise ValueError(f"val needs class indices [B] as labels, got shape {list(labels.shape)}.")
+            check_images(
+                images,
+                distiller.student_inputs.spec.channels,
+                look_at_values=seen == 0,
+                normalized=distiller.normalized,
+            )
+            check_labels(labels, len(images), classes, look_at_values=True)
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            logits = distiller.predict(images, model).float()
+            if accelerator is not None:
+                logits, labels = accelerator.gather_for_metrics((logits, labels))
+            seen += len(labels)
+            loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+            for metric in metrics.values():
+                metric.update(logits, labels)
     if seen == 0:
         raise ValueError("val is empty: its loader yields no batch.")
     return {**{name: 100 * metric.compute().item() for name, metric in metrics.items()}, "loss": loss.compute().item()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hetkd.distributed import world_size
 from hetkd.inputs import check_labels
+from hetkd.methods import Method
 from hetkd.training.checkpoint import BEST, LAST, RunFolder
 from hetkd.training.data import TensorImages, images_and_labels, make_loader
 from hetkd.training.evaluate import eval_loader, measure
@@ -24,6 +27,10 @@ from hetkd.training.progress import TrainingProgress
 
 if TYPE_CHECKING:
     from hetkd.distiller import Distiller
+
+
+FREE_SETTINGS = {"epochs", "versions", "progress", "log_every", "num_workers", "cpu", "augment"}
+"""What may differ between a run and its resumption."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -62,6 +69,8 @@ def fit(
         raise ValueError(f"epochs={epochs!r} must be a whole number of at least 1.")
     if resume and output_dir is None:
         raise ValueError("resume=True needs the output_dir of the run to go on with.")
+    if checked.warmup_epochs > epochs:
+        raise ValueError(f"warmup_epochs={checked.warmup_epochs} is more than epochs={epochs}.")
     folder = None if output_dir is None else RunFolder(output_dir, resume=resume)
     return _Run(distiller, train, val, epochs, folder, checked).run(resume)
 
@@ -84,7 +93,9 @@ class _Run:
         self.distiller, self.epochs, self.folder, self.options = distiller, epochs, folder, options
         train_loader = self._train_loader(train)
         val_loader = None if val is None else eval_loader(distiller, val, 2 * options.batch_size, options.num_workers)
-        self.accelerator = _accelerator(options)
+        self.targets = _TargetMaker(options, distiller)
+        self.accelerator = _accelerator(options, distiller.method)
+        self.batch_size = getattr(train_loader, "batch_size", None) or options.batch_size
         optimizer = create_optimizer_v2(
             distiller,
             opt=options.optimizer,
@@ -94,28 +105,27 @@ class _Run:
         )
         self.model, self.optimizer = self.accelerator.prepare(distiller, optimizer)
         self.device: torch.device = self.accelerator.device
+        self._check_last_batch(train_loader)
         self.train = self._prepared(train_loader)
         self.val = None if val_loader is None else self._prepared(val_loader)
         self.batches = len(self.train) if hasattr(self.train, "__len__") else None
         self.updates = None if self.batches is None else math.ceil(self.batches / options.gradient_accumulation)
         self.scheduler = self._make_scheduler()
         self.ema = None if options.ema is None else ModelEmaV3(distiller.student, decay=options.ema, use_warmup=True)
-        self.targets = _TargetMaker(options, distiller)
         self.result = FitResult(output_dir=None if folder is None else folder.path)
         self.first_epoch = 0
         self.update = 0
 
     def _train_loader(self, train: Any) -> Iterable[Any]:
-        transform, options = self.distiller.student_inputs, self.options
+        options = self.options
         return make_loader(
             train,
             what="train",
-            size=transform.size,
-            channels=transform.spec.channels,
+            size=self.distiller.loading_size,
+            channels=self.distiller.student_inputs.spec.channels,
             batch_size=options.batch_size,
             train=True,
             num_workers=options.num_workers,
-            seed=options.seed,
         )
 
     def _prepared(self, loader: Iterable[Any]) -> Any:
@@ -126,6 +136,20 @@ class _Run:
             labels = loader.dataset.labels
             check_labels(labels, len(labels), self.distiller.classes, look_at_values=True)
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def _check_last_batch(self, loader: Iterable[Any]) -> None:
+        """Refuses, before any training, a last batch that batch statistics or mixing cannot use."""
+        if not isinstance(loader, DataLoader) or loader.drop_last or not loader.batch_size:
+            return
+        if not hasattr(loader.dataset, "__len__"):
+            return
+        last = len(loader.dataset) % loader.batch_size
+        if last == 1 and self.distiller.method.needs_batch:
+            raise ValueError(
+                "the last batch of train has one image, which has no batch statistics: use drop_last=True."
+            )
+        if last % 2 and self.targets.mix is not None:
+            raise ValueError(f"the last batch of train has {last} images, but mixing needs pairs: use drop_last=True.")
 
     def _make_scheduler(self) -> Any:
         from timm.scheduler import create_scheduler_v2
@@ -145,6 +169,8 @@ class _Run:
             warmup_lr=self.options.peak_lr / 100,
             min_lr=min(self.options.min_lr, self.options.peak_lr),
             step_on_epochs=False,
+            decay_epochs=self.options.decay_epochs,
+            decay_rate=self.options.decay_rate,
             updates_per_epoch=self.updates,
         )
         return scheduler
@@ -152,6 +178,7 @@ class _Run:
     def run(self, resume: bool) -> FitResult:
         try:
             if resume:
+                self._refuse_other_settings()
                 self._restore()
             if self.folder is not None and self.accelerator.is_main_process:
                 self.folder.start(self._settings(), str(self.distiller.plan))
@@ -167,11 +194,25 @@ class _Run:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return self.result
 
+    def _refuse_other_settings(self) -> None:
+        before = None if self.folder is None else self.folder.load_settings()
+        if before is None:
+            return
+        now = json.loads(json.dumps(self._settings(), default=str))
+        differences = [
+            f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in now.items()
+            if name not in FREE_SETTINGS and before.get(name) != value
+        ]
+        if differences:
+            raise ValueError(f"resume=True, but the run in {self.result.output_dir} differs: {'; '.join(differences)}.")
+
     def _settings(self) -> dict[str, Any]:
         return {
             "plan": self.distiller.plan.title,
+            "method": self.distiller.method.settings(),
             "epochs": self.epochs,
-            "effective_batch_size": self.options.batch_size
+            "effective_batch_size": self.batch_size
             * self.options.gradient_accumulation
             * self.accelerator.num_processes,
             "processes": self.accelerator.num_processes,
@@ -223,7 +264,7 @@ class _Run:
         if step == 0:
             raise ValueError("train is empty: its loader yields no batch.")
         terms.read()
-        return terms.means(), images_seen
+        return terms.means(self.accelerator), images_seen
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.train:
@@ -293,13 +334,14 @@ class _TargetMaker:
     def __init__(self, options: TrainingOptions, distiller: Distiller) -> None:
         from timm.data import Mixup
 
-        self.augment, self.smoothing = options.augment, options.label_smoothing
+        self.augment, self.smoothing, self.classes = options.augment, options.label_smoothing, distiller.classes or 0
         self.mix = None
+        if not (options.mixup or options.cutmix or self.smoothing):
+            return
+        if not self.classes:
+            raise ValueError("mixup, cutmix and label_smoothing need a student with a classifier.")
         if options.mixup or options.cutmix:
-            self.mix = Mixup(
-                options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=distiller.classes
-            )
-        self.classes = distiller.classes if self.smoothing else 0
+            self.mix = Mixup(options.mixup, options.cutmix, label_smoothing=self.smoothing, num_classes=self.classes)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.augment is None and self.mix is None and not self.smoothing:
@@ -309,11 +351,14 @@ class _TargetMaker:
         if self.augment is not None:
             images = self.augment(images)
         if self.mix is not None:
+            if labels.ndim == 2:
+                raise ValueError("mixup and cutmix make soft labels from class indices, but labels are soft already.")
             if len(images) % 2:
                 raise ValueError(f"mixup and cutmix need an even batch, got {len(images)} images: use drop_last=True.")
             images, labels = self.mix(images.clone(), labels)
         elif self.smoothing:
-            labels = F.one_hot(labels, self.classes) * (1 - self.smoothing) + self.smoothing / self.classes
+            hard = labels if labels.ndim == 2 else F.one_hot(labels, self.classes)
+            labels = hard * (1 - self.smoothing) + self.smoothing / self.classes
         return images, labels
 
 
@@ -358,19 +403,24 @@ class _Terms:
             f"try a lower lr, clip_grad=1.0, or mixed_precision='no'.{kept}"
         )
 
-    def means(self) -> dict[str, float]:
-        assert self.sums is not None
-        return dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """Returns the means of the terms over the epoch and all processes."""
+        assert self.sums is not None, "read comes first"
+        means = accelerator.reduce((self.sums / self.count).float().to(accelerator.device), "mean")
+        return dict(zip(self.names, means.tolist(), strict=True))
 
 
-def _accelerator(options: TrainingOptions) -> Any:
+def _accelerator(options: TrainingOptions, method: Method) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DataLoaderConfiguration
+    from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 
     # Accelerate keeps its settings for the whole process; a second run may have others.
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=world_size() == 1)
+    # Without a loss on logits, the student's classifier gets no gradient.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not (method.ce_weight or method.kd_weight))
     return Accelerator(
+        kwargs_handlers=[ddp],
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation,
         cpu=options.cpu,

@@ -23,6 +23,8 @@ class TrainingOptions:
         weight_decay: For weights; biases and norms have none.
         momentum: Of SGD.
         scheduler: A name of timm's schedulers: ``"cosine"``, ``"step"``, ``"constant"``, ...
+        decay_epochs: Of the schedule ``"step"``: epochs between two steps.
+        decay_rate: Of the schedule ``"step"``: the factor of a step.
         warmup_epochs: Of linear warm-up from ``lr / 100``; part of ``epochs``.
         min_lr: Where the schedule ends.
         mixed_precision: ``"no"``, ``"bf16"``, ``"fp16"``, or ``None``: as ``accelerate launch`` says.
@@ -47,6 +49,8 @@ class TrainingOptions:
     weight_decay: float = 0.05
     momentum: float = 0.9
     scheduler: str = "cosine"
+    decay_epochs: float = 30.0
+    decay_rate: float = 0.1
     warmup_epochs: float = 0.0
     min_lr: float = 1e-6
     mixed_precision: str | None = None
