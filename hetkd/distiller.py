@@ -287,6 +287,8 @@ class Distiller(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.method.parameters()):
+            self.method.float()  # methods compute in float32 whatever the student's dtype
         if self._teacher is not None and self._student.device.type != "meta":
             self._teacher.to(self._student.device)
         return self

@@ -174,7 +174,7 @@ CASES = {
     "one image": (
         lambda: make().fit((X[:1], Y[:1]), epochs=1, progress=False, cpu=True),
         ValueError,
-        "batch of one image",
+        "last batch of train has one image",
     ),
     # files
     "weights missing": (lambda: load_model("resnet18", weights="no.safetensors"), FileNotFoundError, "does not exist"),

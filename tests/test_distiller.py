@@ -195,7 +195,7 @@ def test_plan_counts_what_is_added():
     text = str(d.plan)
     assert "blocks.3" in text
     assert "layer4" in text
-    assert "2 levels" in text
+    assert "4 x 4, 1 level, 4 x 4 frequencies" in text
     assert d.plan.added_parameters == sum(p.numel() for p in d.method.parameters())
     assert sum(row.added_parameters for row in d.plan.rows) == d.plan.added_parameters
     assert "uhkd" in Distiller(tiny_vit(), tiny_cnn(), "uhkd").plan.title.lower()
@@ -242,6 +242,7 @@ def test_label_free_student_without_a_classifier_trains():
 def test_half_precision_distiller_steps_and_predicts():
     d = distiller().bfloat16()
     assert d(*batch()).loss.isfinite()
+    assert next(d.method.parameters()).dtype == torch.float32
     assert d.eval().predict(batch()[0]).dtype == torch.bfloat16
 
 

@@ -67,7 +67,7 @@ def test_every_parameter_learns_by_the_second_step(method_class, options):
         optimizer.zero_grad()
         sum(terms.values()).backward()
         assert all(x.grad.abs().sum() > 0 for x in student.maps)
-        alive |= {name for name, p in method.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        alive |= {name for name, p in method.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-6}
         optimizer.step()
     assert alive == {name for name, _ in method.named_parameters()}
 
@@ -173,7 +173,7 @@ def test_lite_has_a_fraction_of_the_parameters():
 
 def test_spectral_gate_equals_a_gate_on_the_fft():
     refine = DS2S(3, (8, 6), 0, streams="spectral", stages=1)
-    gate = nn.init.normal_(refine.gates[0].gate.weight)
+    gate = nn.init.normal_(refine.gates["0"].gate.weight)
     x = torch.randn(2, 3, 8, 6)
     rows, columns = torch.tensor([0, 1, 2, 3, 4, 3, 2, 1]), torch.arange(4)
     full = gate[:, 0][:, rows][..., columns]

@@ -25,7 +25,9 @@ class DS2S(nn.Module):
         grid: Height and width of the map that the bands come from.
         levels: J of the wavelet transform.
         streams: ``"both"``, ``"spatial"`` or ``"spectral"``.
-        stages: 1 (within bands only) or 2.
+        stages: 1 (within bands only) or 2; without a wavelet transform there is one band, and one stage.
+        gate_whole_map: Whether without a wavelet transform (``levels=0``) the spectral stream gates the
+            map's own spectrum. A loss that standardises each coefficient of it does not see that.
         lite: Share weights over channels by low rank: about a tenth of the parameters.
     """
 
@@ -38,6 +40,7 @@ class DS2S(nn.Module):
         streams: str = "both",
         stages: int = 2,
         lite: bool = False,
+        gate_whole_map: bool = True,
     ) -> None:
         super().__init__()
         groups = [(3, (grid[0] >> level, grid[1] >> level)) for level in range(1, levels + 1)]
@@ -45,15 +48,18 @@ class DS2S(nn.Module):
         groups = [*groups[:-1], (4, coarsest)] if levels else [(1, coarsest)]
         rank = LITE_RANK if lite else None
         spatial, spectral = streams != "spectral", streams != "spatial"
-        self.kernels, self.gates = nn.ModuleList(), nn.ModuleList()
-        for count, size in groups:
+        self.kernels, self.gates = nn.ModuleDict(), nn.ModuleDict()
+        for index, (count, size) in enumerate(groups):
+            if size == (1, 1):  # a single coefficient has no surroundings and no spectrum
+                continue
             if spatial:
-                self.kernels.append(ChannelWeights(channels, (count, _KERNEL, _KERNEL), rank))
-            if spectral:
-                self.gates.append(SpectralGate(channels, count, size, rank))
+                self.kernels[str(index)] = ChannelWeights(channels, (count, _KERNEL, _KERNEL), rank)
+            if spectral and (levels or gate_whole_map):
+                self.gates[str(index)] = SpectralGate(channels, count, size, rank)
         bands = sum(count for count, _ in groups)
-        self.exchange = ChannelWeights(channels, (bands, bands), rank) if spatial and stages == 2 else None
-        self.balance = BandBalance(bands) if spectral and stages == 2 else None
+        across = stages == 2 and bands > 1
+        self.exchange = ChannelWeights(channels, (bands, bands), rank) if spatial and across else None
+        self.balance = BandBalance(bands) if spectral and across else None
 
     def forward(self, bands: Bands) -> Bands:
         """Returns refined bands of the same shapes."""
@@ -66,12 +72,12 @@ class DS2S(nn.Module):
 
     def _within_bands(self, index: int, x: Tensor) -> Tensor:
         refined = x
-        if self.kernels:
-            kernel = self.kernels[index]().flatten(0, 1).unsqueeze(1)
+        if str(index) in self.kernels:
+            kernel = self.kernels[str(index)]().flatten(0, 1).unsqueeze(1)
             flat = x.flatten(1, 2)
             refined = refined + F.conv2d(flat, kernel, padding=_KERNEL // 2, groups=flat.shape[1]).view_as(x)
-        if self.gates:
-            refined = refined + self.gates[index](x)
+        if str(index) in self.gates:
+            refined = refined + self.gates[str(index)](x)
         return refined
 
     def _across_bands(self, groups: list[Tensor], shares: Tensor) -> list[Tensor]:

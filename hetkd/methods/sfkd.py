@@ -49,7 +49,7 @@ class SFKD(FeatureMethod):
     Args:
         feature_weight: Weight of the features' loss, spread over the stages.
         stage_weights: ``None`` (late stages count most), one number a stage pair, or ``"learnt"``.
-        levels: J, 0 to 3; ``None``: 2, or less where the grid does not hold 2.
+        levels: J, 0 to 3; ``None``: 2, or fewer on small grids, so that the coarsest band has 2 x 2 pixels or more.
         wavelet: An orthogonal wavelet of PyWavelets, by name.
         ds2s: ``"full"``, ``"lite"`` (low rank, few parameters) or ``None`` (no refinement).
         streams: Streams of DS2S: ``"both"``, ``"spatial"``, ``"spectral"``.
@@ -151,7 +151,9 @@ class SFKD(FeatureMethod):
             self.register_buffer(f"window{index}", half_plane_window(grid, keep, self.sigma), persistent=False)
 
     def _levels_of(self, pair: StagePair) -> int:
-        return min(2, _most_levels(pair)) if self.levels is None else self.levels
+        if self.levels is not None:
+            return self.levels
+        return next(levels for levels in (2, 1, 0) if levels == 0 or 2**levels < _smallest_side(pair))
 
     def _check_levels(self, pairs: Sequence[StagePair]) -> None:
         pair = min(pairs, key=_most_levels)
@@ -173,13 +175,14 @@ class SFKD(FeatureMethod):
             streams=self.streams,
             stages=self.refinement_stages,
             lite=self.ds2s == "lite",
+            gate_whole_map=self.loss != "gffl" or self.normalize == "sample",
         )
 
     def describe(self, index: int) -> str:
         """Returns grid, levels and kept frequencies of stage pair ``index``."""
         (height, width), levels, keep = self._grids[index], self._levels[index], self._keeps[index]
         what = f"{keep} x {keep} frequencies" if self.loss == "gffl" else self.loss
-        return f"{height} x {width}, {levels} levels, {what}"
+        return f"{height} x {width}, {levels} level{'s' * (levels != 1)}, {what}"
 
     def added_parameters(self, index: int) -> int:
         """Returns the parameters of the projection and the refinement of stage pair ``index``."""
@@ -225,8 +228,11 @@ class SFKD(FeatureMethod):
 
 def _most_levels(pair: StagePair) -> int:
     """Returns the most levels, up to 3, that both grids of a pair hold."""
-    smallest = min(*pair.teacher.grid, *pair.student.grid)
-    return next(levels for levels in (3, 2, 1, 0) if 2**levels <= smallest)
+    return next(levels for levels in (3, 2, 1, 0) if 2**levels <= _smallest_side(pair))
+
+
+def _smallest_side(pair: StagePair) -> int:
+    return min(*pair.teacher.grid, *pair.student.grid)
 
 
 def aligning_projection(channels: int, width: int) -> nn.Conv2d:
