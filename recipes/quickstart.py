@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="sfkd", choices=list_methods(), help="method of the student that is saved")
     parser.add_argument("--student", default="mobilenetv3_small_050", help="any timm model that takes one channel")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=1, help="runs a method; more than one give mean and spread")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), metavar="DIR")
     arguments = parser.parse_args()
