@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ("#8a8f98", "#2f6fde", "#e0862a", "#1c9a5b", "#b23a8e")
 _SIZE, _SCALE = (900, 560), 2  # drawn at twice the size and scaled down, which smooths the lines
-_LEFT, _RIGHT, _TOP, _BOTTOM = 80, 150, 60, 70
+_LEFT, _RIGHT, _TOP, _BOTTOM = 80, 150, 84, 70
 
 
 def draw_curves(curves: Mapping[str, Sequence[float]], title: str, y_label: str, path: Path) -> None:
