@@ -11,7 +11,7 @@ distiller.save_student("resnet18.safetensors")
 from hetkd.adapter import Adapter, Features, HookAdapter, Stage, StagePair, list_adapters, register_adapter
 from hetkd.distiller import Distiller, DistillerOutput
 from hetkd.methods import CE, KD, SFKD, UHKD, FeatureMethod, Method, list_methods, register_method
-from hetkd.models import load_model
+from hetkd.models import list_models, load_model
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "UHKD",
     "list_adapters",
     "list_methods",
+    "list_models",
     "load_model",
     "register_adapter",
     "register_method",

@@ -7,7 +7,7 @@ An adapter knows one family of models. It is found through the entry-point group
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -98,7 +98,10 @@ class Adapter(ABC):
         Args:
             model: A model that this adapter accepts.
             images: ``[B, C, H, W]``, already resized and normalised for this model.
-            stages: Names from `stage_names`, in order of depth.
+            stages: Names from `stage_names`, in any order.
+
+        Returns:
+            Logits as ``model(images)`` gives them, and one map a stage, in the order of ``stages``.
 
         Raises:
             RuntimeError: If a stage yields no feature map. A missing feature never passes silently.
@@ -129,54 +132,82 @@ class HookAdapter(Adapter):
 
     def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
         """Runs ``model(images)`` with hooks on the modules named by ``stages``; see `Adapter.run`."""
-        captured: dict[str, Any] = {}
-        classifier = find_classifier(model)
-        modules = dict(model.named_modules())
-        handles = [modules[name].register_forward_hook(_keep_output(captured, name)) for name in stages]
-        if classifier is not None:
-            handles.append(classifier.register_forward_pre_hook(_keep_input(captured)))
-        try:
+        with tapped(model, stages) as outputs:
             output = model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        missing = [name for name in stages if name not in captured]
-        if missing:
-            raise RuntimeError(f"{type(model).__name__} did not run its stages {missing}; no feature to distil there.")
-        maps = tuple(self.to_map(captured[name], model, images) for name in stages)
+        maps = tuple(self.to_map(outputs.of(name), model, images) for name in stages)
         logits = output_logits(output)
-        pooled = getattr(output, "pooler_output", None) if logits is None else captured.get(_CLASSIFIER_INPUT)
+        pooled = getattr(output, "pooler_output", None) if logits is None else outputs.classifier_input
         return Features(logits, maps, pooled)
 
 
-_CLASSIFIER_INPUT = "<classifier input>"
+class Outputs:
+    """What the tapped modules of a model returned in one forward pass, in the order in which they finished."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.finished: dict[str, Any] = {}
+        self.classifier_input: Tensor | None = None
+        self._model = type(model).__name__
 
-def _keep_output(captured: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        captured[name] = output
+    def of(self, name: str) -> Any:
+        """Returns the output of the module ``name``.
 
-    return hook
+        Raises:
+            RuntimeError: If it did not run.
+        """
+        if name not in self.finished:
+            raise RuntimeError(f"{self._model} did not run its stage {name!r}; no feature to distil there.")
+        return self.finished[name]
 
+    def keep(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """Returns a forward hook that keeps a module's last output."""
 
-def _keep_input(captured: dict[str, Any]) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.finished.pop(name, None)
+            self.finished[name] = output
+
+        return hook
+
+    def keep_classifier_input(self, module: nn.Module, args: Any) -> None:
+        """Is a forward pre-hook that keeps the vectors that a classifier sees."""
         if args and isinstance(args[0], Tensor) and args[0][0].numel() == args[0].shape[1]:
-            captured[_CLASSIFIER_INPUT] = args[0].flatten(1)
+            self.classifier_input = args[0].flatten(1)
 
-    return hook
+
+@contextmanager
+def tapped(model: nn.Module, names: Iterable[str]) -> Iterator[Outputs]:
+    """Keeps what the modules of these paths return, and what the classifier sees, while the context lasts.
+
+    Args:
+        model: The model; it is left without hooks.
+        names: Paths of submodules.
+    """
+    outputs = Outputs(model)
+    handles = [model.get_submodule(name).register_forward_hook(outputs.keep(name)) for name in names]
+    classifier = find_classifier(model)
+    if classifier is not None:
+        handles.append(classifier.register_forward_pre_hook(outputs.keep_classifier_input))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Returns ``output`` itself or the first tensor in a tuple, list or mapping (Hugging Face outputs)."""
+    """Returns ``output`` itself or the first tensor in it: in nested tuples, lists or Hugging Face outputs."""
+    found = _find_tensor(output)
+    if found is None:
+        raise RuntimeError(
+            f"expected a tensor or a tuple of tensors from a tapped module, got {type(output).__name__}."
+        )
+    return found
+
+
+def _find_tensor(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output
-    values = output.values() if isinstance(output, dict) else output
-    if isinstance(values, (tuple, list)) or isinstance(output, dict):
-        for value in values:
-            if isinstance(value, Tensor):
-                return value
-    raise RuntimeError(f"expected a tensor or a tuple of tensors from a tapped module, got {type(output).__name__}.")
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return next((tensor for tensor in map(_find_tensor, values) if tensor is not None), None)
 
 
 def output_logits(output: Any) -> Tensor | None:
@@ -191,13 +222,14 @@ def output_logits(output: Any) -> Tensor | None:
 def find_classifier(model: Any) -> nn.Module | None:
     """Returns the layer that makes the logits: the last linear layer, or ``None``.
 
-    timm models name theirs by ``get_classifier``.
+    timm models name theirs by ``get_classifier``; of several the first is taken (DeiT's, on the
+    class token), of one a stage the last.
     """
     if hasattr(model, "get_classifier"):
         classifier = model.get_classifier()
-        candidates = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-        first = candidates[0] if candidates else None
-        return first if isinstance(first, nn.Module) and not isinstance(first, nn.Identity) else None
+        while isinstance(classifier, (tuple, nn.ModuleList)):
+            classifier = classifier[-1 if isinstance(classifier, nn.ModuleList) else 0] if len(classifier) else None
+        return classifier if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.Identity) else None
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return linears[-1] if linears else None
 
@@ -271,17 +303,39 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def probe(adapter: Adapter, model: nn.Module, images: Tensor) -> tuple[list[Stage], int | None]:
-    """Runs ``model`` once, without gradients and in eval mode.
+def probe(
+    adapter: Adapter, model: nn.Module, images: Tensor, extra: Sequence[str] = ()
+) -> tuple[list[Stage], int | None]:
+    """Runs ``model`` on a sample, without gradients and in eval mode.
+
+    Args:
+        adapter: One that accepts the model.
+        model: The model.
+        images: The sample.
+        extra: Paths of modules that are to be stages beside those that the adapter lists.
 
     Returns:
-        All its stages with their shapes, and its number of classes (``None`` without a classifier).
+        All its stages with their shapes, in order of depth, and its number of classes (``None``
+        without a classifier).
     """
     with eval_mode(model), torch.no_grad():
-        names = adapter.stage_names(model, images)
-        features = adapter.run(model, images, names)
-    stages = [Stage(name, *_map_shape(name, x)) for name, x in zip(names, features.maps, strict=True)]
-    return stages, None if features.logits is None else features.logits.shape[1]
+        listed = adapter.stage_names(model, images)
+        added = [name for name in dict.fromkeys(extra) if name not in listed]
+        paths = {path for path, _ in model.named_modules()}
+        with tapped(model, [name for name in (*listed, *added) if name in paths]) as outputs:
+            features = adapter.run(model, images, [*listed, *added])
+    names = _in_order_of_depth(listed, added, list(outputs.finished))
+    shapes = {name: _map_shape(name, x) for name, x in zip([*listed, *added], features.maps, strict=True)}
+    return [Stage(name, *shapes[name]) for name in names], None if features.logits is None else features.logits.shape[1]
+
+
+def _in_order_of_depth(listed: list[str], added: list[str], finished: list[str]) -> list[str]:
+    """Puts each added name behind the last listed one that finished before it."""
+    names = list(listed)
+    for name in added:
+        before = [other for other in finished[: finished.index(name)] if other in names]
+        names.insert(max((names.index(other) + 1 for other in before), default=0), name)
+    return names
 
 
 def _map_shape(name: str, x: Tensor) -> tuple[int, int, int]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Adapter, Features, Stage, StagePair, find_adapter, output_logits, probe
+from hetkd.adapter import Adapter, Features, HookAdapter, Stage, StagePair, find_adapter, probe
 from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, check_labels, input_spec
 from hetkd.methods import Method, make_method
 from hetkd.methods.feature import count_parameters
-from hetkd.models import architecture_name, load_model, save_model
+from hetkd.models import architecture_name, load_model, save_model, tapped_module, unwrap
 from hetkd.names import unknown_name
-from hetkd.plan import Plan, PlanRow, StageChoice, chosen_pairs, pair_stages
+from hetkd.plan import Plan, PlanRow, StageChoice, chosen_names, chosen_pairs, pair_stages
 
 if TYPE_CHECKING:
     from hetkd.training.loop import FitResult
@@ -55,7 +55,8 @@ class Distiller(nn.Module):
         method: A name of `hetkd.list_methods` or a `hetkd.Method` object.
         num_classes: Classes of a student given as a string.
         stages: Overrides the automatic pairing: rows of it (``[2, 3]``), student stages by name, or
-            ``(teacher, student)`` pairs of names.
+            ``(teacher, student)`` pairs of names. Names are those of the plan, or paths of any
+            modules that yield feature maps (``"layer4.1"``).
         input_size: Pixels, a number or ``(height, width)``, for the student; or
             ``{"teacher": ..., "student": ...}``. Each model defaults to the size it was made for;
             images of other sizes are resized for each model.
@@ -99,9 +100,9 @@ class Distiller(nn.Module):
             raise ValueError("num_classes is for a student given as a string; a module keeps the classes it has.")
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a string or an nn.Module, got {student!r}.")
-        if tap is not None and student is tap.model:
+        if tap is not None and tapped_module(student) is tap.model:
             raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
-        self.student = student
+        self.student = unwrap(student)
         self.normalized = normalized is not None
         # A tap is no nn.Module: the teacher is in no parameters(), state_dict() or DDP bucket.
         self._teacher = tap if made.uses_teacher else None
@@ -115,6 +116,9 @@ class Distiller(nn.Module):
 
     def _bind(self, stages: Sequence[StageChoice] | None) -> None:
         teacher, student, method = self._teacher, self._student, self.method
+        student.add_stages(chosen_names(stages, 1))
+        if teacher is not None:
+            teacher.add_stages(chosen_names(stages, 0))
         if teacher is not None and teacher.spec.channels != student.spec.channels:
             raise ValueError(
                 f"the teacher takes images of {teacher.spec.channels} channels and the student of "
@@ -164,6 +168,11 @@ class Distiller(nn.Module):
         return None if self._teacher is None else self._teacher.model
 
     @property
+    def taps(self) -> dict[str, Tap]:
+        """How ``"teacher"`` (if the method has one) and ``"student"`` are run: adapter, stages, input transform."""
+        return {tap.role: tap for tap in (self._teacher, self._student) if tap is not None}
+
+    @property
     def classes(self) -> int | None:
         """The number of classes of the student; ``None`` without a classifier."""
         return self._student.classes
@@ -209,7 +218,8 @@ class Distiller(nn.Module):
         Raises:
             ValueError: If the student has no classifier.
         """
-        logits = output_logits((self.student if model is None else model)(self._student.prepare(images)))
+        student = self._student.model if model is None else tapped_module(model)
+        logits = self._student.adapter.run(student, self._student.prepare(images), ()).logits
         if logits is None:
             raise ValueError("the student has no classifier: give it one with num_classes=...")
         return logits
@@ -298,26 +308,47 @@ class Tap:
     """One side of a distillation: a model, its input transform, its adapter and its tapped stages."""
 
     def __init__(self, role: str, model: nn.Module, size: Size | None, normalized: Normalization | None) -> None:
-        self.role, self.model = role, model
-        self.adapter: Adapter = find_adapter(model)
-        self.spec: InputSpec = input_spec(model)
+        self.role, self.model = role, tapped_module(model)
+        self.adapter: Adapter = find_adapter(self.model)
+        self.spec: InputSpec = input_spec(self.model)
         self.size = _as_size(size) if size is not None else self.spec.size
+        self.stages, self.classes = self._dry_run()
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names: list[str] = []
-        sample = torch.zeros(1, self.spec.channels, *self.size)
-        self.stages, self.classes = self._dry_run(sample)
 
-    def _dry_run(self, sample: Tensor) -> tuple[list[Stage], int | None]:
-        sample = sample.to(self._like())
+    def _dry_run(self) -> tuple[list[Stage], int | None]:
+        """Finds the stages, and the channels of the images where the model's first layer does not tell."""
+        refusals: list[Exception] = []
+        for channels in dict.fromkeys((self.spec.channels, 3, 1)):
+            try:
+                found = probe(self.adapter, self.model, self._sample(channels))
+            except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                refusals.append(error)
+            else:
+                self.spec = input_spec(self.model, channels)
+                return found
+        height, width = self.size
+        raise ValueError(
+            f"the {self.role} {architecture_name(self.model)} refuses an input of {height} x {width} pixels "
+            f"({refusals[0]}); its own size is {self.spec.size[0]} x {self.spec.size[1]}: "
+            f"set input_size={{'{self.role}': ...}}."
+        ) from refusals[0]
+
+    def add_stages(self, names: Sequence[str]) -> None:
+        """Makes modules of these paths stages too; names of no module are left for the plan to refuse."""
+        paths = {path for path, _ in self.model.named_modules()} - {stage.name for stage in self.stages}
+        added = [name for name in names if name in paths]
+        if not added or not isinstance(self.adapter, HookAdapter):
+            return
         try:
-            return probe(self.adapter, self.model, sample)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            height, width = self.size
+            self.stages, _ = probe(self.adapter, self.model, self._sample(self.spec.channels), added)
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"the {self.role} {architecture_name(self.model)} refuses an input of {height} x {width} pixels "
-                f"({error}); its own size is {self.spec.size[0]} x {self.spec.size[1]}: "
-                f"set input_size={{'{self.role}': ...}}."
+                f"stages has {added} of the {self.role}, where no feature map comes out: {error}"
             ) from error
+
+    def _sample(self, channels: int) -> Tensor:
+        return torch.zeros(1, channels, *self.size).to(self._like())
 
     @property
     def title(self) -> str:
@@ -325,10 +356,9 @@ class Tap:
         return f"{architecture_name(self.model)} ({self.adapter.family}, {self.size[0]} x {self.size[1]})"
 
     def select(self, names: list[str]) -> None:
-        """Sets the stages to tap; a stage may occur twice, in any order."""
-        order = [stage.name for stage in self.stages]
+        """Sets the stages to tap; a stage may occur twice."""
         self.names = names
-        self._distinct = sorted(set(names), key=order.index)
+        self._distinct = list(dict.fromkeys(names))
 
     @property
     def device(self) -> torch.device:
@@ -340,7 +370,7 @@ class Tap:
         return self.inputs(images).to(self._like().dtype)
 
     def _like(self) -> Tensor:
-        return next(self.model.parameters(), self.inputs.scale)
+        return next(self.model.parameters(), torch.zeros(()))
 
     def run(self, images: Tensor) -> Features:
         """Runs the model once on raw images ``[B, C, H, W]``; maps come in the order of `select`."""

@@ -22,53 +22,91 @@ class InputSpec:
         size: Height and width in pixels.
         mean: Per channel, of images in [0, 1].
         std: Per channel.
+        interpolation: How images are resized: ``"bilinear"`` or ``"bicubic"``, antialiased.
+        crop_ratio: For evaluation, the side of the central crop over the short side of the image;
+            ``None``: the whole image is resized, whatever its aspect ratio.
     """
 
     channels: int
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    crop_ratio: float | None = 0.875
 
 
-def input_spec(model: nn.Module) -> InputSpec:
-    """Reads a model's channels, input size and normalisation.
+def input_spec(model: nn.Module, channels: int | None = None) -> InputSpec:
+    """Reads a model's channels, input size and preprocessing.
 
     timm models carry them in their configuration, Hugging Face models in their image processor
-    (or, for a model without files, in the defaults of its type). Others get ImageNet's
-    normalisation and 224 pixels, the convention of torchvision.
+    (or, for a model without files, in the defaults of its type), torchvision models built by
+    `hetkd.load_model` in their weights' preset. Others get the convention of torchvision: ImageNet's
+    normalisation and 224 pixels.
+
+    Args:
+        model: The model.
+        channels: Of the images, where it is known; otherwise it is read off the model.
     """
-    if hasattr(model, "pretrained_cfg") and isinstance(model.pretrained_cfg, dict):
-        return _timm_spec(model)
-    if hasattr(model, "config") and hasattr(model.config, "model_type"):
-        return _hugging_face_spec(model)
-    channels = _first_channels(model)
-    settings: Any = getattr(model, "input_settings", {})  # of hetkd.load_model("torchvision:...")
-    size = settings.get("size") or getattr(model, "image_size", 224)
-    mean, std = settings.get("mean", IMAGENET_MEAN), settings.get("std", IMAGENET_STD)
-    return InputSpec(channels, _pair(size), *_for_channels(mean, std, channels))
+    settings, size = _preprocessing(model)
+    channels = channels or _first_channels(model)
+    mean, std = settings.get("mean") or IMAGENET_MEAN, settings.get("std") or IMAGENET_STD
+    interpolation = "bicubic" if settings.get("interpolation") in _BICUBIC else "bilinear"
+    crop_ratio = settings.get("crop_ratio", InputSpec.crop_ratio)
+    return InputSpec(channels, _pair(size), *_for_channels(mean, std, channels), interpolation, crop_ratio)
 
 
-def _timm_spec(model: Any) -> InputSpec:
+_BICUBIC = (
+    "bicubic",
+    "lanczos",
+    "random",
+    1,
+    3,
+)  # names of timm and torchvision, and Pillow's numbers
+Settings = dict[str, Any]
+
+
+def _preprocessing(model: Any) -> tuple[Settings, int | Sequence[int]]:
+    """Returns a model's preprocessing in the words of `InputSpec`, and its input size."""
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):
+        return _of_timm(model)
+    if hasattr(getattr(model, "config", None), "model_type"):
+        return _of_hugging_face(model.config)
+    settings: Settings = getattr(model, "input_settings", {})  # of hetkd.load_model("torchvision:...")
+    return settings, settings.get("size") or getattr(model, "image_size", 224)
+
+
+def _of_timm(model: Any) -> tuple[Settings, Sequence[int]]:
     config = model.pretrained_cfg
-    channels = _first_channels(model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config.get("input_size", (3, 224, 224))[1:]
-    mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
-    return InputSpec(channels, _pair(size), *_for_channels(mean, std, channels))
+    crop_ratio = None if config.get("crop_mode") == "squash" else config.get("crop_pct") or InputSpec.crop_ratio
+    return {**config, "crop_ratio": crop_ratio}, size
 
 
-def _hugging_face_spec(model: Any) -> InputSpec:
+def _of_hugging_face(config: Any) -> tuple[Settings, int | Sequence[int]]:
     from hetkd.models import image_processor_settings
 
-    config = model.config
-    settings = image_processor_settings(config)
-    channels = getattr(config, "num_channels", 3)
-    size: Any = getattr(config, "image_size", None) or settings.get("crop_size") or settings.get("size") or 224
-    if not isinstance(size, (int, list, tuple)):
-        size = size.get("shortest_edge") or (size["height"], size["width"])
-    mean, std = settings.get("image_mean") or IMAGENET_MEAN, settings.get("image_std") or IMAGENET_STD
-    if settings.get("do_normalize") is False:
-        mean, std = (0.0,), (1.0,)
-    return InputSpec(channels, _pair(size), *_for_channels(mean, std, channels))
+    processor = image_processor_settings(config)
+    crop, resized = _side(processor.get("crop_size")), _side(processor.get("size"))
+    own = getattr(getattr(config, "vision_config", config), "image_size", None)
+    size = own or (crop if processor.get("do_center_crop") else None) or resized or 224
+    ratio = processor.get("crop_pct")
+    if processor.get("do_center_crop") and crop and resized:
+        ratio = crop[0] / resized[0]
+    settings: Settings = {"interpolation": processor.get("resample"), "crop_ratio": ratio if processor else 0.875}
+    if processor.get("do_normalize") is False:
+        settings |= {"mean": (0.0,), "std": (1.0,)}
+    else:
+        settings |= {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    return settings, size
+
+
+def _side(size: Any) -> tuple[int, int] | None:
+    """Reads the size in a Hugging Face image processor: ``{"shortest_edge": s}`` or ``{"height": h, "width": w}``."""
+    if isinstance(size, (int, tuple, list)):
+        return _pair(size)
+    if not size:
+        return None
+    return _pair(size.get("shortest_edge") or (size.get("height"), size.get("width")))
 
 
 def _for_channels(
@@ -119,7 +157,7 @@ class InputTransform(nn.Module):
         """Maps images ``[B, C, H, W]``, float or uint8, to ``[B, C, *size]`` in float32."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if x.shape[-2:] != self.size:
-            x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=False, antialias=True)
+            x = F.interpolate(x, size=self.size, mode=self.spec.interpolation, align_corners=False, antialias=True)
         return x * self.scale + self.shift
 
 

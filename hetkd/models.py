@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hetkd.names import unknown_name
+from hetkd.names import choice, unknown_name
 
 LIBRARIES = ("timm", "hf", "torchvision")
 
@@ -53,6 +54,36 @@ def load_model(
     return model.eval() if fetch or weights is not None else model
 
 
+def list_models(pattern: str = "*") -> list[str]:
+    """Lists the names that `load_model` takes, of timm and torchvision; Hugging Face's hub cannot be listed offline.
+
+    Args:
+        pattern: With ``*`` and ``?``: ``"timm:*mobile*"``, ``"torchvision:*"``. A bare pattern is
+            matched in both libraries.
+
+    Returns:
+        Names with their library, sorted: ``"timm:mobilenetv2_100"``.
+
+    Raises:
+        ValueError: If the library is unknown, or if nothing matches; nearest names are given.
+    """
+    import timm
+    import torchvision.models
+
+    names = {
+        "timm": timm.list_models(),
+        "torchvision": torchvision.models.list_models(module=torchvision.models),
+    }
+    library, separator, rest = pattern.rpartition(":")
+    if separator:
+        choice("library of models", library, names)
+        names = {library: names[library]}
+    found = [f"{home}:{name}" for home, known in names.items() for name in known if fnmatchcase(name, rest)]
+    if not found:
+        raise unknown_name("model", rest.strip("*?"), [name for known in names.values() for name in known])
+    return sorted(found)
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Splits ``"timm:resnet18"`` into library and name; a bare name is timm's.
 
@@ -88,7 +119,14 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
         raise unknown_name("torchvision model", name, known)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
-    settings = {"size": preset.crop_size[0], "mean": preset.mean, "std": preset.std}
+    crop, resized = preset.crop_size[0], preset.resize_size[0]
+    settings = {
+        "size": crop,
+        "mean": preset.mean,
+        "std": preset.std,
+        "interpolation": preset.interpolation.value,
+        "crop_ratio": crop / resized,
+    }
     if not pretrained:
         classes = {} if num_classes is None else {"num_classes": num_classes}
         model: Any = torchvision.models.get_model(name, weights=None, **classes, **kwargs)
@@ -238,7 +276,7 @@ def save_model(model: Any, path: str | Path) -> None:
     """
     from hetkd.files import write_atomically
 
-    path = Path(path)
+    path, model = Path(path), unwrap(model)
     if path.suffix != ".safetensors":
         if not hasattr(model, "save_pretrained"):
             raise ValueError(f"path={str(path)!r} must end in '.safetensors'.")
@@ -255,6 +293,22 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     path.write_bytes(save(plain, metadata))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the module inside of DDP, DataParallel and ``torch.compile``; other modules as they are."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
+def tapped_module(model: nn.Module) -> nn.Module:
+    """Returns the module that is tapped: that inside of `unwrap`, of PEFT, and of Hugging Face's wrapper of timm."""
+    model = unwrap(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return tapped_module(model.get_base_model())
+    inner = getattr(model, "timm_model", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def architecture_name(model: nn.Module) -> str:

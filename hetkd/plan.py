@@ -2,28 +2,38 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hetkd.adapter import Stage, StagePair, find_stage
 
 STAGE_COUNT = 4
+_FEW_GRIDS = 2
 StageChoice = int | str | tuple[int | str, int | str]
 
 
 def choose_stages(stages: Sequence[Stage], count: int = STAGE_COUNT) -> list[Stage]:
-    """Picks up to ``count`` stages spread over a model's depth.
+    """Picks up to ``count`` stages spread over a model's depth and its resolutions.
 
-    A hierarchical model gives the last stage at each of its ``count`` coarsest grids; one with a
-    single grid gives stages at equal steps of relative depth, the last one included.
+    A hierarchical model gives the last stage at each of its ``count`` coarsest grids. A model with
+    one or two grids gives more of each: stages at equal steps of depth, the last one included.
 
     Args:
         stages: All stages, in order of depth.
         count: How many are wanted.
     """
-    last_at_grid = {stage.grid: stage for stage in stages}
-    if len(last_at_grid) > 1:
-        return list(last_at_grid.values())[-count:]
-    steps = min(count, len(stages))
-    return [stages[(step + 1) * len(stages) // steps - 1] for step in range(steps)]
+    at_grid: dict[tuple[int, int], list[Stage]] = {}
+    for stage in stages:
+        at_grid.setdefault(stage.grid, []).append(stage)
+    groups = list(at_grid.values())[-count:]
+    picks = [1] * len(groups)
+    for _ in range(min(count, len(stages)) - len(groups) if len(groups) <= _FEW_GRIDS else 0):
+        longest = max(range(len(groups)), key=lambda group: len(groups[group]) / picks[group])
+        picks[longest] += 1
+    return [
+        group[(step + 1) * len(group) // steps - 1]
+        for group, steps in zip(groups, picks, strict=True)
+        for step in range(steps)
+    ]
 
 
 def pair_stages(teacher: Sequence[Stage], student: Sequence[Stage]) -> list[StagePair]:
@@ -53,6 +63,16 @@ def chosen_pairs(teacher: Sequence[Stage], student: Sequence[Stage], choices: Se
         raise ValueError("stages=[] leaves nothing to compare; leave it out for the automatic pairing.")
     automatic = pair_stages(teacher, student)
     return [_resolve(choice, automatic, teacher, student) for choice in choices]
+
+
+def chosen_names(choices: Any, side: int) -> list[str]:
+    """Returns the names of stages in the user's ``stages``: 0 those of the teacher, 1 those of the student."""
+    if not isinstance(choices, (tuple, list)):
+        return []
+    names = [choice[side] for choice in choices if isinstance(choice, (tuple, list)) and len(choice) == 2]
+    if side == 1:
+        names += choices
+    return [name for name in names if isinstance(name, str)]
 
 
 def _resolve(

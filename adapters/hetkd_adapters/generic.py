@@ -1,14 +1,20 @@
-"""Any other module: stages are found by a dry run."""
+"""Any module: timm's by their own interface, others by stages that a dry run finds."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, HookAdapter, first_tensor
+from hetkd.adapter import Features, HookAdapter, first_tensor, tapped
 from hetkd.grid import tokens_to_map
-from hetkd_adapters.family import is_tappable_timm, library, run_timm, timm_stage_names
+from hetkd_adapters.libraries import is_tappable_timm, run_timm, timm_stage_names
+
+_WITHOUT_SPATIAL_FEATURES = {
+    "imagegpt": "it takes the indices of colours instead of images",
+    "perceiver": "its latent vectors have no place in the image",
+    "shieldgemma2": "it takes text beside images",
+}
+"""Types of Hugging Face models that no dry run can tell from others, and why they are refused."""
 
 
 class GenericAdapter(HookAdapter):
@@ -27,21 +33,15 @@ class GenericAdapter(HookAdapter):
         return True
 
     def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
-        """Lists timm's feature modules, or the blocks with spatial outputs, in the order in which they finish."""
-        if self._is_timm(model):
-            return timm_stage_names(model)
-        grids: dict[str, tuple[int, int]] = {}
-        handles = [
-            module.register_forward_hook(self._note_grid(grids, name, model, images))
-            for name, module in _blocks(model, "")
-        ]
-        try:
-            with torch.no_grad():
-                model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        names = [name for name, grid in grids.items() if grid != (1, 1)]
+        """Lists timm's features, or the blocks with spatial outputs, in the order in which they finish."""
+        if is_tappable_timm(model):
+            return timm_stage_names(model, images)
+        if _model_type(model) in _WITHOUT_SPATIAL_FEATURES:
+            reason = _WITHOUT_SPATIAL_FEATURES[_model_type(model)]
+            raise ValueError(f"{type(model).__name__} has no spatial features: {reason}.")
+        with tapped(model, [path for path, _ in _blocks(model, "")]) as outputs:
+            model(images)
+        names = [name for name, output in outputs.finished.items() if self._is_spatial(output, model, images)]
         if not names:
             raise ValueError(
                 f"{type(model).__name__} has no spatial features: no block yields a feature map larger than 1 x 1 "
@@ -51,7 +51,9 @@ class GenericAdapter(HookAdapter):
 
     def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
         """Runs the model once; see `hetkd.Adapter.run`."""
-        return run_timm(model, images, stages) if self._is_timm(model) else super().run(model, images, stages)
+        if is_tappable_timm(model):
+            return run_timm(model, images, stages, self.to_map)
+        return super().run(model, images, stages)
 
     def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
         """Turns NHWC (told by the image's aspect ratio) and tokens around."""
@@ -63,21 +65,16 @@ class GenericAdapter(HookAdapter):
             return x.permute(0, 3, 1, 2)
         return x
 
-    def _note_grid(self, grids: dict[str, tuple[int, int]], name: str, model: nn.Module, images: Tensor) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            try:
-                x = self.to_map(output, model, images)
-            except (RuntimeError, ValueError, TypeError):
-                return  # not spatial: no stage
-            if x.ndim == 4 and x.shape[0] == images.shape[0]:
-                grids.pop(name, None)
-                grids[name] = (x.shape[2], x.shape[3])
+    def _is_spatial(self, output: Any, model: nn.Module, images: Tensor) -> bool:
+        try:
+            x = self.to_map(output, model, images)
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        return x.ndim == 4 and x.shape[0] == images.shape[0] and x.shape[2:] != (1, 1)
 
-        return hook
 
-    @staticmethod
-    def _is_timm(model: nn.Module) -> bool:
-        return library(model) == "timm" and is_tappable_timm(model)
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def _has_aspect(grid: Sequence[int], aspect: float) -> bool:

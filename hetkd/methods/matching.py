@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from hetkd.distributed import gather_over_processes, sum_over_processes, world_size
 
 _EPS = 1e-12
+TARGET_EPS = 1e-30  # targets have no gradient that a small divisor could blow up, and may be small as a whole
 _RELATIVE_EPS = 1e-10
 
 
@@ -15,12 +16,13 @@ def standardize_sample(x: Tensor) -> Tensor:
     return x * (x.square().mean(dim=tuple(range(1, x.ndim)), keepdim=True) + _EPS).rsqrt()
 
 
-def standardize_batch(x: Tensor, *, is_complex: bool = False) -> Tensor:
+def standardize_batch(x: Tensor, *, is_complex: bool = False, eps: float = _EPS) -> Tensor:
     """Gives each coefficient ``[B, ...]`` mean 0 and variance 1 over the batch of all processes.
 
     Args:
         x: ``[B, ...]``; for complex numbers with real and imaginary parts in the last axis.
         is_complex: Whether real and imaginary parts share one variance.
+        eps: Added to the variance.
 
     Raises:
         ValueError: If the batch of all processes has a single image.
@@ -30,7 +32,7 @@ def standardize_batch(x: Tensor, *, is_complex: bool = False) -> Tensor:
     if is_complex:
         variance = variance.sum(-1, keepdim=True)
     # Rounding noise on a constant coefficient is no variance.
-    floor = _RELATIVE_EPS * _batch_mean(x.square()) + _EPS
+    floor = _RELATIVE_EPS * _batch_mean(x.square()) + eps
     return centred * (variance + (floor.sum(-1, keepdim=True) if is_complex else floor)).rsqrt()
 
 
@@ -61,7 +63,8 @@ def correlation_loss(
     """
     if not is_complex:
         student, target = student.unsqueeze(-1), target.unsqueeze(-1)
-    student, target = standardize_batch(student, is_complex=True), standardize_batch(target, is_complex=True)
+    student = standardize_batch(student, is_complex=True)
+    target = standardize_batch(target, is_complex=True, eps=TARGET_EPS)
     correlation = _batch_mean(student * target).sum(-1)
     weight = weight * (_batch_mean(target.square()).sum(-1) > 0.5)
     loss = (weight * (1 - correlation).square()).sum() / weight.sum().clamp_min(_EPS)

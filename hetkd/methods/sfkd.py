@@ -14,6 +14,7 @@ from hetkd.methods.base import not_negative, positive, register_method
 from hetkd.methods.ds2s import DS2S
 from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
 from hetkd.methods.matching import (
+    TARGET_EPS,
     ChannelReduction,
     correlation_loss,
     infonce,
@@ -199,7 +200,7 @@ class SFKD(FeatureMethod):
         if self.loss == "gffl":
             return self._gffl(index, student, target)
         if self.normalize == "batch":
-            student, target = standardize_batch(student), standardize_batch(target)
+            student, target = standardize_batch(student), standardize_batch(target, eps=TARGET_EPS)
         return infonce(student, target) if self.loss == "infonce" else F.mse_loss(student, target)
 
     def _gffl(self, index: int, student: Tensor, target: Tensor) -> Tensor:

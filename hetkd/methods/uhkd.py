@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from hetkd.adapter import StagePair
 from hetkd.methods.base import positive, register_method
 from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
-from hetkd.methods.matching import ChannelReduction, standardize_batch, standardize_sample, weighted_mse
+from hetkd.methods.matching import (
+    TARGET_EPS,
+    ChannelReduction,
+    standardize_batch,
+    standardize_sample,
+    weighted_mse,
+)
 from hetkd.names import choice
 from hetkd.spectral import amplitude, half_plane_window, low_frequencies
 
@@ -122,7 +128,7 @@ class UHKD(FeatureMethod):
         student = self.align[index](x)
         is_complex = self.spectrum == "complex"
         if self.normalize == "batch":
-            target = standardize_batch(target, is_complex=is_complex)
+            target = standardize_batch(target, is_complex=is_complex, eps=TARGET_EPS)
         else:
             target = standardize_sample(target)
         window = getattr(self, f"window{index}").to(student.dtype)

@@ -1,5 +1,6 @@
 """Loaders from what people have: folders, datasets, tensors, loaders."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-_RESIZE_RATIO = 0.875
+from hetkd.inputs import InputSpec
 
 
 class TensorImages(Dataset[tuple[Tensor, Tensor]]):
@@ -55,8 +56,8 @@ def make_loader(
     data: Any,
     *,
     what: str,
+    spec: InputSpec,
     size: tuple[int, int],
-    channels: int,
     batch_size: int,
     train: bool,
     num_workers: int,
@@ -67,8 +68,8 @@ def make_loader(
         data: A folder of class folders, a dataset of (image, label) or of Hugging Face's dicts,
             tensors ``(images, labels)``, or a loader, which is returned as it is.
         what: Name of the argument, for errors.
-        size: Pixels to crop PIL images to.
-        channels: Of the images to make, 1 or 3.
+        spec: Of the student: colour or grey images, and how PIL images are resized and cropped.
+        size: Height and width to resize PIL images to.
         batch_size: Images a batch.
         train: Shuffle, drop the last incomplete batch, and crop and flip PIL images at random.
         num_workers: Loading processes.
@@ -91,7 +92,7 @@ def make_loader(
         )
     _refuse_empty(data, what)
     if not isinstance(data, TensorImages):
-        data = TransformedImages(data, _image_transform(size, channels, train))
+        data = TransformedImages(data, _image_transform(spec, size, train))
     drop_last = train and len(data) >= batch_size
     return DataLoader(
         data,
@@ -149,14 +150,17 @@ def _image_folder(path: Path, what: str) -> Any:
         raise ValueError(f"{what}={str(path)!r} must hold one folder of images a class ({error}).") from error
 
 
-def _image_transform(size: tuple[int, int], channels: int, train: bool) -> Callable[[Any], Tensor]:
-    from torchvision.transforms import v2
+def _image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Any], Tensor]:
+    from torchvision.transforms import InterpolationMode, v2
 
+    mode = InterpolationMode(spec.interpolation)
     crop: Sequence[Any]
     if train:
-        crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+        crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=mode), v2.RandomHorizontalFlip()]
+    elif spec.crop_ratio is None:
+        crop = [v2.Resize(size, interpolation=mode)]
     else:
-        crop = [v2.Resize(round(max(size) / _RESIZE_RATIO), antialias=True), v2.CenterCrop(size)]
-    colour = v2.Grayscale(1) if channels == 1 else v2.RGB()
+        crop = [v2.Resize(math.floor(max(size) / spec.crop_ratio), interpolation=mode), v2.CenterCrop(size)]
+    colour = v2.Grayscale(1) if spec.channels == 1 else v2.RGB()
     transform: Callable[[Any], Tensor] = v2.Compose([v2.PILToTensor(), colour, *crop])
     return transform

@@ -31,8 +31,8 @@ def eval_loader(distiller: Distiller, data: Any, batch_size: int, num_workers: i
     return make_loader(
         data,
         what="val",
+        spec=spec,
         size=size,
-        channels=spec.channels,
         batch_size=batch_size,
         train=False,
         num_workers=num_workers,

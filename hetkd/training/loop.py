@@ -122,7 +122,7 @@ class _Run:
             train,
             what="train",
             size=self.distiller.loading_size,
-            channels=self.distiller.student_inputs.spec.channels,
+            spec=self.distiller.student_inputs.spec,
             batch_size=options.batch_size,
             train=True,
             num_workers=options.num_workers,

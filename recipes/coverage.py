@@ -1,0 +1,346 @@
+"""Which architectures of timm, torchvision and Hugging Face can be teacher and student; writes docs/coverage.md.
+
+    python recipes/coverage.py                                     # all of them
+    python recipes/coverage.py --only "timm:*vit*" --page /tmp/part.md
+
+Each architecture is built without pretrained weights: of timm the smallest variant of each class,
+of torchvision every model, of Hugging Face every type, from a small configuration. It takes one step as teacher and one
+as student of a small partner, by SFKD and by UHKD, at the smallest of a row of input sizes that it takes.
+"""
+
+import argparse
+import gc
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision.models
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, AutoModelForImageClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_BACKBONE_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from hetkd import SFKD, UHKD, Distiller, DistillerOutput, load_model
+from hetkd.adapter import output_logits
+from hetkd.inputs import input_spec
+from hetkd.models import tapped_module
+from hetkd.plan import choose_stages
+
+CLASSES = 10
+SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
+METHODS = {"sfkd": SFKD, "uhkd": UHKD}
+PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "donut-swin": {"window_size": 2},
+    "swin": {"window_size": 2},
+    "timm_backbone": {"backbone": "resnet18", "out_indices": (1, 2, 3, 4)},
+    "timm_wrapper": {"architecture": "resnet18"},
+}
+SMALL_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+LARGE = ("base", "large", "huge", "giant", "gigantic", "enormous", "so400m", "_xl", "_l", "_b_", "_m_", "384", "448")
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture: its library, its class or type, the name of the variant, and how that is built."""
+
+    library: str
+    architecture: str
+    name: str
+    build: Callable[[], nn.Module]
+
+
+@dataclass
+class Row:
+    """What was seen of a candidate; ``problems`` is empty where all went well."""
+
+    candidate: Candidate
+    family: str = ""
+    parameters: int = 0
+    size: tuple[int, int] = (0, 0)
+    stages: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def main() -> None:
+    """Checks, prints a line an architecture, and writes the page."""
+    arguments = parse_arguments()
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    rows = []
+    for candidate in candidates(arguments.only):
+        rows.append(check(candidate))
+        report(rows[-1])
+        gc.collect()
+    seconds, memory = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    summary = f"{len(rows)} architectures in {seconds / 60:.0f} minutes on {torch.get_num_threads()} threads, "
+    summary += f"at most {memory:.1f} GB of memory."
+    arguments.page.parent.mkdir(parents=True, exist_ok=True)
+    arguments.page.write_text(page(rows, summary), encoding="utf-8")
+    console.print(f"{summary} Written to {arguments.page}.")
+
+
+def candidates(pattern: str) -> Iterator[Candidate]:
+    """Yields the architectures of the three libraries whose ``LIBRARY:NAME`` the pattern matches."""
+    sources = {"timm": timm_candidates, "torchvision": torchvision_candidates, "hf": hugging_face_candidates}
+    for library, source in sources.items():
+        if fnmatchcase(library, pattern.partition(":")[0]):
+            yield from (c for c in source() if fnmatchcase(f"{library}:{c.name}", pattern))
+
+
+def timm_candidates() -> Iterator[Candidate]:
+    """Yields the smallest variant of each class of timm; parameters are counted on the meta device."""
+    for architecture, names in sorted(timm_classes().items()):
+        # Variants of these names are large; building hundreds of them takes longer than checking one.
+        small = [name for name in names if not any(word in name for word in LARGE)] or names
+        name = min(small, key=timm_parameters)
+        yield Candidate("timm", architecture, name, partial(timm.create_model, name, num_classes=CLASSES))
+
+
+def timm_classes() -> dict[str, list[str]]:
+    """Returns the names of timm's models by their class, without building them."""
+    found: dict[str, list[str]] = {}
+
+    class Asked(Exception):
+        """Carries the class that a model function asks timm's builder for."""
+
+    def builder(model_class: Any, *args: Any, **kwargs: Any) -> None:
+        raise Asked(model_class.__name__)
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("timm.models.")]
+    with ExitStack() as patches:
+        for module in modules:
+            if hasattr(module, "build_model_with_cfg"):
+                patches.enter_context(patch.object(module, "build_model_with_cfg", builder))
+        for name in timm.list_models():
+            try:
+                timm.models.model_entrypoint(name)()
+            except Asked as asked:
+                found.setdefault(str(asked), []).append(name)
+    return found
+
+
+def timm_parameters(name: str) -> int:
+    """Counts the parameters of a timm model without making them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+
+
+def torchvision_candidates() -> Iterator[Candidate]:
+    """Yields every classification model of torchvision."""
+    for name in torchvision.models.list_models(module=torchvision.models):
+        build = partial(load_model, f"torchvision:{name}", pretrained=False, num_classes=CLASSES)
+        yield Candidate("torchvision", type(build).__name__, name, build)
+
+
+def hugging_face_candidates() -> Iterator[Candidate]:
+    """Yields every type in transformers' mappings of image classifiers and of backbones."""
+    for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        yield Candidate(
+            "hf", "image classifier", name, partial(hugging_face_model, name, AutoModelForImageClassification)
+        )
+    for name in MODEL_FOR_BACKBONE_MAPPING_NAMES:
+        yield Candidate("hf", "backbone", f"{name} backbone", partial(hugging_face_model, name, AutoBackbone))
+
+
+def hugging_face_model(model_type: str, auto_class: Any) -> nn.Module:
+    """Builds a model of a small configuration of its type."""
+    config = small_config(model_type)
+    config.architectures = []  # transformers 5 iterates over it
+    config.num_labels = CLASSES
+    return auto_class.from_config(config)
+
+
+def small_config(model_type: str) -> Any:
+    """Makes a configuration of few layers and few channels, of whatever fields its type has."""
+    default = AutoConfig.for_model(model_type)
+    if hasattr(default, "vision_config"):
+        vision = smaller_fields(default.vision_config)
+        return AutoConfig.for_model(model_type, vision_config=vision, text_config=SMALL_TEXT)
+    return AutoConfig.for_model(model_type, **{**smaller_fields(default), **SPECIAL.get(model_type, {})})
+
+
+def smaller_fields(config: Any) -> dict[str, Any]:
+    """Returns smaller values of the fields that a configuration has."""
+    fields = {name: value for name, value in SMALL.items() if isinstance(getattr(config, name, None), int)}
+    if isinstance(getattr(config, "depths", None), (list, tuple)):
+        fields["depths"] = type(config.depths)([1] * len(config.depths))
+    return fields
+
+
+def check(candidate: Candidate) -> Row:
+    """Lets an architecture be teacher and student, and notes what goes wrong."""
+    row, start = Row(candidate), time.perf_counter()
+    try:
+        model = candidate.build()
+        row.parameters = sum(parameter.numel() for parameter in model.parameters())
+        row.size = smallest_input(model)
+        for method in METHODS:
+            row.problems += [f"teacher, {method}: {problem}" for problem in check_teacher(row, model, method)]
+            row.problems += [f"student, {method}: {problem}" for problem in check_student(row, model, method)]
+    except Exception as error:  # whatever a model does, the others go on
+        row.problems.append(f"{type(error).__name__}: {error}")
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def smallest_input(model: nn.Module) -> tuple[int, int]:
+    """Returns the smallest square of `SIZES`, or the model's own size, that it takes as a teacher."""
+    own = input_spec(tapped_module(model)).size
+    for size in sorted({*((pixels, pixels) for pixels in SIZES), own}):
+        try:
+            distil("teacher", model, "sfkd", size)
+        except ValueError:
+            continue
+        return size
+    distil("teacher", model, "sfkd", own)  # says why not
+    raise AssertionError
+
+
+def distil(role: str, model: nn.Module, method: str, size: tuple[int, int]) -> Distiller:
+    """Makes a distiller of the model in its role and a small partner; without logits where the model has none."""
+    partner = small_partner()
+    teacher, student = (model, partner) if role == "teacher" else (partner, model)
+    try:
+        return Distiller(teacher, student, METHODS[method](), input_size={role: size})
+    except ValueError as error:
+        if "no classifier" not in str(error):
+            raise
+    label_free = METHODS[method](kd_weight=0, ce_weight=0)
+    return Distiller(teacher, student, label_free, input_size={role: size})
+
+
+def small_partner() -> nn.Module:
+    """Builds a small ViT of four stages."""
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=CLASSES
+    )
+
+
+def check_teacher(row: Row, model: nn.Module, method: str) -> list[str]:
+    """Takes one step with the model as teacher; its logits must be those of a plain call, bit for bit."""
+    distiller = distil("teacher", model, method, row.size)
+    tap = distiller.taps["teacher"]
+    row.family = tap.adapter.family
+    row.stages = [
+        f"{stage.name} {stage.channels} x {stage.height} x {stage.width}" for stage in choose_stages(tap.stages)
+    ]
+    images, labels = batch(distiller, row.size)
+    output = distiller(images, labels)
+    problems = bad_terms(output)
+    if output.teacher_logits is not None:
+        with torch.no_grad():
+            plain = output_logits(tap.model(tap.prepare(images)))
+        if plain is None or not torch.equal(plain, output.teacher_logits):
+            problems.append("logits differ from those of a plain call")
+    return problems
+
+
+def check_student(row: Row, model: nn.Module, method: str) -> list[str]:
+    """Takes one step with the model as student, in training mode; the gradient must reach its first layer."""
+    model.requires_grad_(True)
+    distiller = distil("student", model, method, row.size).train()
+    stem: list[nn.Module] = []
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear))]
+    handles = [layer.register_forward_hook(lambda module, *_: stem.append(module)) for layer in layers]
+    output = distiller(*batch(distiller, row.size))
+    for handle in handles:
+        handle.remove()
+    output.loss.backward()
+    gradient = stem[0].weight.grad
+    problems = bad_terms(output)
+    if gradient is None or not gradient.isfinite().all() or not gradient.any():
+        problems.append("no finite gradient in the first layer")
+    model.zero_grad(set_to_none=True)
+    return problems
+
+
+def bad_terms(output: DistillerOutput) -> list[str]:
+    """Names the terms of the loss that are zero or not finite, and missing ones."""
+    terms = {name: term.item() for name, term in output.terms.items()}
+    problems = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value) or value == 0]
+    return problems if any("." in name for name in terms) else [*problems, "no feature term"]
+
+
+def batch(distiller: Distiller, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Makes four smooth random images of different brightness, with labels if the student has classes."""
+    brightness = torch.tensor([0.25, 0.5, 0.75, 1.0])[:, None, None, None]
+    coarse = brightness * torch.rand(4, distiller.student_inputs.spec.channels, 4, 4)
+    images = F.interpolate(coarse, size=size, mode="bilinear")
+    return images, None if distiller.classes is None else torch.arange(4)
+
+
+def report(row: Row) -> None:
+    """Prints a line on an architecture, and one on each problem."""
+    name = f"{row.candidate.library}:{row.candidate.name}"
+    console.print(f"{name:48} {row.family:16} {row.size[0]:4} px  {row.seconds:6.1f} s  {len(row.stages)} stages")
+    for problem in row.problems:
+        console.print(f"    {problem}", style="red")
+
+
+def page(rows: list[Row], summary: str) -> str:
+    """Writes the table as Markdown, refusals first."""
+    libraries = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
+    versions = ", ".join(f"{name} {version(name)}" for name in ("hetkd", "torch", *libraries.values()))
+    refused = [row for row in rows if row.problems]
+    lines = [
+        "# Coverage",
+        "",
+        f"Generated by `python recipes/coverage.py` with {versions}.",
+        "",
+        f"{len(rows) - len(refused)} of {len(rows)} architectures work as teacher and as student, under `sfkd` and",
+        "`uhkd`: all terms finite and not zero, logits bit for bit those of a plain call, gradient in the first layer.",
+        summary,
+        "",
+        "| library | architectures | work |",
+        "|---|---|---|",
+    ]
+    for library in libraries:
+        own = [row for row in rows if row.candidate.library == library]
+        lines.append(f"| {library} | {len(own)} | {sum(not row.problems for row in own)} |")
+    lines += ["", "## Refused, and why", ""]
+    lines += [f"- `{row.candidate.library}:{row.candidate.name}`: {'; '.join(row.problems)}" for row in refused] or [
+        "None."
+    ]
+    lines += [
+        "",
+        "## All",
+        "",
+        "| library | architecture | variant | family | input | stages: channels x height x width |",
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rows:
+        it, size, stages = row.candidate, f"{row.size[0]} x {row.size[1]}", ", ".join(row.stages)
+        lines.append(f"| {it.library} | {it.architecture} | {it.name} | {row.family} | {size} | {stages} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", metavar="PATTERN", help='such as "timm:*vit*"')
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
