@@ -33,6 +33,27 @@ def tokens_to_map(
     return patches.transpose(1, 2).unflatten(2, (height, width))
 
 
+def windows_to_map(tokens: Tensor, batch: int, image_size: tuple[int, int]) -> Tensor:
+    """Puts windows of tokens, as detection backbones keep them in the batch axis, together to feature maps.
+
+    Args:
+        tokens: ``[batch * W * W, N, C]``: the windows of an image row by row, each with its own prefix tokens.
+        batch: Number of images.
+        image_size: Height and width in pixels of the images.
+
+    Returns:
+        ``[batch, C, W * h, W * w]`` for windows of h x w patches.
+
+    Raises:
+        ValueError: If the windows do not form a square, or N tokens no grid.
+    """
+    side = math.isqrt(len(tokens) // batch)
+    if side * side * batch != len(tokens):
+        raise ValueError(f"{len(tokens)} windows do not form squares for {batch} images.")
+    windows = tokens_to_map(tokens, image_size).unflatten(0, (batch, side, side))
+    return windows.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
 def _token_grid(count: int, image_size: tuple[int, int], patch_size: int | tuple[int, int] | None) -> tuple[int, int]:
     if patch_size is not None:
         patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from hetkd.adapter import Features, HookAdapter, first_tensor, tapped
-from hetkd.grid import tokens_to_map
+from hetkd.grid import tokens_to_map, windows_to_map
 from hetkd_adapters.libraries import is_tappable_timm, run_timm, timm_stage_names
 
 _WITHOUT_SPATIAL_FEATURES = {
@@ -56,10 +56,12 @@ class GenericAdapter(HookAdapter):
         return super().run(model, images, stages)
 
     def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
-        """Turns NHWC (told by the image's aspect ratio) and tokens around."""
+        """Turns NHWC (told by the image's aspect ratio), tokens and windows of tokens into ``[B, C, h, w]``."""
         x = first_tensor(output)
         height, width = images.shape[-2:]
         if x.ndim == 3:
+            if len(x) != len(images):
+                return windows_to_map(x, len(images), (height, width))
             return tokens_to_map(x, (height, width))
         if x.ndim == 4 and not _has_aspect(x.shape[2:], height / width) and _has_aspect(x.shape[1:3], height / width):
             return x.permute(0, 3, 1, 2)

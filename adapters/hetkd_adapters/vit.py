@@ -54,7 +54,6 @@ class ViTAdapter(FamilyAdapter):
         "sapiens2": DRY_RUN,
         "siglip": _LAYERS,
         "siglip_vision_model": _LAYERS,
-        "siglip2": DRY_RUN,
         "tipsv2": _LAYERS,
         "tipsv2_vision_model": _LAYERS,
         "vit": _LAYERS,
