@@ -168,9 +168,10 @@ class Outputs:
         return hook
 
     def keep_classifier_input(self, module: nn.Module, args: Any) -> None:
-        """Is a forward pre-hook that keeps the vectors that a classifier sees."""
-        if args and isinstance(args[0], Tensor) and args[0][0].numel() == args[0].shape[1]:
-            self.classifier_input = args[0].flatten(1)
+        """Is a forward pre-hook that keeps the vectors that a classifier, or its part behind pooling, sees."""
+        x = args[0] if args else None
+        if self.classifier_input is None and isinstance(x, Tensor) and x[0].numel() == x.shape[1]:
+            self.classifier_input = x.flatten(1)
 
 
 @contextmanager
@@ -185,7 +186,8 @@ def tapped(model: nn.Module, names: Iterable[str]) -> Iterator[Outputs]:
     handles = [model.get_submodule(name).register_forward_hook(outputs.keep(name)) for name in names]
     classifier = find_classifier(model)
     if classifier is not None:
-        handles.append(classifier.register_forward_pre_hook(outputs.keep_classifier_input))
+        inner = [classifier, *(module for module in classifier.modules() if isinstance(module, nn.Linear))]
+        handles += [module.register_forward_pre_hook(outputs.keep_classifier_input) for module in dict.fromkeys(inner)]
     try:
         yield outputs
     finally:

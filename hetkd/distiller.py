@@ -14,7 +14,7 @@ from hetkd.adapter import Adapter, Features, HookAdapter, Stage, StagePair, find
 from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, check_labels, input_spec
 from hetkd.methods import Method, make_method
 from hetkd.methods.feature import count_parameters
-from hetkd.models import architecture_name, load_model, save_model, tapped_module, unwrap
+from hetkd.models import architecture_name, copy_label_names, load_model, save_model, tapped_module, unwrap
 from hetkd.names import unknown_name
 from hetkd.plan import Plan, PlanRow, StageChoice, chosen_names, chosen_pairs, pair_stages
 
@@ -96,6 +96,8 @@ class Distiller(nn.Module):
         if isinstance(student, str):
             classes = tap.classes if num_classes is None and tap is not None else num_classes
             student = load_model(student, pretrained=False, num_classes=classes)
+            if tap is not None:
+                copy_label_names(tap.model, student)
         elif num_classes is not None:
             raise ValueError("num_classes is for a student given as a string; a module keeps the classes it has.")
         if not isinstance(student, nn.Module):

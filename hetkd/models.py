@@ -1,5 +1,6 @@
 """Models from strings, weights from safetensors, and students back to disk in their library's own form."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -183,6 +184,13 @@ def _fetched(name: str, from_network: bool, build: Callable[[], Any]) -> Any:
     """Builds, and says what to do where pretrained weights cannot be fetched."""
     try:
         return build()
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} comes with Python code of its own, which hetkd does not run: if you trust it, load it with "
+            "transformers and pass the module."
+        ) from error
     except (OSError, RuntimeError) as error:
         if not from_network:
             raise
@@ -190,6 +198,14 @@ def _fetched(name: str, from_network: bool, build: Callable[[], Any]) -> Any:
             f"could not load {name} with its pretrained weights ({type(error).__name__}: {error}). Without a network, "
             f"pass a local directory ('hf:DIRECTORY') or hetkd.load_model({name!r}, weights='FILE.safetensors')."
         ) from error
+
+
+def copy_label_names(teacher: Any, student: Any) -> None:
+    """Gives a Hugging Face student the names of its Hugging Face teacher's classes."""
+    names = getattr(getattr(teacher, "config", None), "id2label", None)
+    if names and len(names) == len(getattr(getattr(student, "config", None), "id2label", ())):
+        student.config.id2label = dict(names)
+        student.config.label2id = {name: index for index, name in names.items()}
 
 
 def image_processor_settings(config: Any) -> dict[str, Any]:
@@ -212,7 +228,7 @@ def image_processor_settings(config: Any) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a state dict into a model, strictly.
+    """Loads a state dict into a model, strictly; timm models may have been built for another input size.
 
     Args:
         model: Of the same architecture.
@@ -226,11 +242,27 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"weights={str(path)!r} does not exist.")
     state = _read_state_dict(path)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in state.items()}
-    if expected != given:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {_differences(expected, given)}")
+    expected = _shapes(model.state_dict())
+    if _shapes(state) != expected:
+        state = _fitted_by_timm(model, state)
+    if _shapes(state) != expected:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {_differences(expected, _shapes(state))}")
     model.load_state_dict(state)
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _fitted_by_timm(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Converts weights as timm does its own: position embeddings to another input size, keys of original releases."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None or not type(model).__module__.startswith("timm."):
+        return state
+    try:
+        return dict(convert(dict(state), model))
+    except (KeyError, RuntimeError, ValueError):  # weights of another architecture; the caller tells what differs
+        return state
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import timm
 import torch
 import torchvision.models
 from conftest import batch, tiny_cnn, tiny_vit
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
@@ -33,11 +34,29 @@ TIMM = [
     ("mixer_s32_224", "MLP-Mixer", 224, [7, 7, 7, 7]),
     ("resmlp_12_224", "MLP-Mixer", 224, [14, 14, 14, 14]),
     ("gmlp_ti16_224", "MLP-Mixer", 224, [14, 14, 14, 14]),
+    ("cait_xxs24_224", "ViT", 224, [14, 14, 14, 14]),
+    ("crossvit_tiny_240", "ViT", 240, [20, 20, 14, 14]),
+    ("naflexvit_base_patch16_gap", "ViT", 32, [2, 2, 2, 2]),
+    ("samvit_base_patch16_224", "ViT", 224, [14, 14, 14, 14]),
+    ("xcit_nano_12_p8_224", "ViT", 64, [8, 8, 8, 8]),
+    ("pvt_v2_b0", "hierarchical ViT", 64, [16, 8, 4, 2]),
+    ("hiera_tiny_224", "hierarchical ViT", 224, [56, 28, 14, 7]),
+    ("mvitv2_tiny", "hierarchical ViT", 224, [56, 28, 14, 7]),
+    ("coat_tiny", "hybrid", 224, [56, 28, 14, 7]),
+    ("test_coatnet", "hybrid", 160, [40, 20, 10, 5]),
+    ("test_maxvit", "hybrid", 160, [40, 20, 10, 5]),
+    ("test_mambaout", "hybrid", 64, [16, 8, 4, 2]),
+    ("levit_128s", "hybrid", 224, [14, 7, 4]),
+    ("efficientformer_l1", "hybrid", 224, [56, 28, 14, 7]),
+    ("fastvit_t8", "hybrid", 64, [16, 8, 4, 2]),
+    ("mobilevit_xxs", "hybrid", 64, [16, 8, 4, 2]),
+    ("vit_tiny_r_s16_p8_224", "hybrid", 224, [7, 7, 7, 7]),
+    ("sequencer2d_s", "hybrid", 64, [9, 4, 4, 4]),
 ]
 
 
 def timm_model(name: str, pixels: int) -> nn.Module:
-    fixed = any(word in name for word in ("vit_", "deit", "beit"))
+    fixed = any(word in name for word in ("vit_", "deit", "beit")) and "fast" not in name and "mobile" not in name
     return timm.create_model(name, pretrained=False, **({"img_size": pixels} if fixed else {})).eval()
 
 
@@ -192,13 +211,87 @@ def test_generic_finds_stages_of_any_layout(model, grids):
 
 
 def test_timm_model_of_no_family_is_tapped_generically():
-    model = timm.create_model("test_vit4", pretrained=False) if timm.is_model("test_vit4") else tiny_vit()
-    other = timm.create_model("mambaout_femto", pretrained=False).eval()
-    assert find_adapter(model).family == "ViT"
-    adapter = find_adapter(other)
-    stages, _ = probe(adapter, other, torch.randn(1, 3, 64, 64))
-    assert adapter.family == "other"
+    model = tiny_cnn().eval()
+    generic = adapters["generic"]()
+    stages, classes = probe(generic, model, torch.randn(1, 3, 64, 64))
+    assert classes == 10
     assert [stage.height for stage in choose_stages(stages)] == [16, 8, 4, 2]
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("efficientnet_b0", 64), ("mobilenetv2_035", 64), ("resnet18", 64)])
+def test_the_last_stage_is_the_map_before_pooling(name, pixels):
+    model = timm_model(name, pixels)
+    x = torch.randn(2, 3, pixels, pixels)
+    adapter = find_adapter(model)
+    stages, _ = probe(adapter, model, x)
+    features = adapter.run(model, x, [stages[-1].name])
+    torch.testing.assert_close(features.maps[0].mean((2, 3)), features.pooled)
+
+
+def test_stages_by_module_path_beside_those_that_are_listed():
+    student = timm.create_model("resnet18", num_classes=10)
+    d = Distiller(tiny_vit(), student, "sfkd", stages=["layer2", "layer4.1"], input_size=64)
+    assert [row.student for row in d.plan.rows if row.stage != "logits"] == ["layer2", "layer4.1"]
+
+
+def test_stages_of_both_sides_by_module_path():
+    teacher = tiny_vit()
+    d = Distiller(teacher, OwnCNN(), "sfkd", stages=[("blocks.1.mlp", "body.2")], input_size=64)
+    row = d.plan.rows[0]
+    assert (row.teacher, row.teacher_shape, row.student, row.student_shape) == (
+        "blocks.1.mlp",
+        (24, 4, 4),
+        "body.2",
+        (16, 16, 16),
+    )
+    seen = []
+    handle = teacher.blocks[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output))
+    maps = d.taps["teacher"].run(torch.rand(2, 3, 32, 32)).maps
+    handle.remove()
+    assert torch.equal(maps[0], seen[0][:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
+    with pytest.raises(ValueError, match=r"stages has \['head'\] of the student, where no feature map comes out"):
+        Distiller(tiny_vit(), OwnCNN(), "sfkd", stages=["head"], input_size=64)
+    with pytest.raises(ValueError, match=r"unknown student stage 'body.22': did you mean 'body.2'"):
+        Distiller(tiny_vit(), OwnCNN(), "sfkd", stages=["body.22"], input_size=64)
+
+
+def test_a_stage_by_module_path_stands_where_it_runs():
+    model = timm.create_model("resnet18", num_classes=10).eval()
+    stages, _ = probe(find_adapter(model), model, torch.rand(1, 3, 64, 64), ["layer4.0", "layer1.0", "bn1"])
+    names = [stage.name for stage in stages]
+    assert names == ["bn1", "act1", "layer1.0", "layer1", "layer2", "layer3", "layer4.0", "layer4"]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_models_are_unwrapped(wrap, tmp_path):
+    teacher, student = tiny_vit(), tiny_cnn()
+    d = Distiller(wrap(teacher), wrap(student), "sfkd", input_size=64)
+    assert d.teacher is teacher
+    assert d.student is student
+    d(*batch()).loss.backward()
+    d.save_student(tmp_path / "student.safetensors")
+    assert load_file(tmp_path / "student.safetensors").keys() == student.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+def test_peft_models_are_tapped_inside_and_saved_as_adapters(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(1)
+    base = hugging_face("vit", HUGGING_FACE[0][1])
+    plain = copy.deepcopy(base)
+    student = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]))
+    d = Distiller(tiny_vit(num_classes=5), student, "sfkd", input_size=64)
+    d(*batch(classes=5)).loss.backward()
+    trained = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert any("lora_A" in name for name in trained)
+    assert all("lora" in name or "modules_to_save" in name for name in trained)
+    torch.optim.SGD(d.parameters(), lr=1.0).step()
+    d.save_student(tmp_path)
+    d.eval()
+    x = torch.rand(2, 3, 64, 64)
+    again = PeftModel.from_pretrained(plain, tmp_path).eval()
+    torch.testing.assert_close(again(x).logits, student(x).logits)
 
 
 def test_a_model_without_spatial_features_is_refused():
@@ -256,7 +349,7 @@ def test_a_stage_that_does_not_run_is_an_error():
             return self.head(self.body[:4](x).mean((2, 3)).repeat(1, 2)[:, :24])
 
     adapter = find_adapter(Lazy())
-    with pytest.raises(RuntimeError, match="did not run its stages"):
+    with pytest.raises(RuntimeError, match=r"did not run its stage .body\.5.;"):
         adapter.run(Lazy(), torch.randn(1, 3, 32, 32), ["body.5"])
 
 
