@@ -72,7 +72,7 @@ def _preprocessing(model: Any) -> tuple[Settings, int | Sequence[int]]:
     if hasattr(getattr(model, "config", None), "model_type"):
         return _of_hugging_face(model.config)
     settings: Settings = getattr(model, "input_settings", {})  # of hetkd.load_model("torchvision:...")
-    return settings, settings.get("size") or getattr(model, "image_size", 224)
+    return settings, settings.get("size", getattr(model, "image_size", 224))
 
 
 def _of_timm(model: Any) -> tuple[Settings, Sequence[int]]:

@@ -327,14 +327,14 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.write_bytes(save(plain, metadata))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """Returns the module inside of DDP, DataParallel and ``torch.compile``; other modules as they are."""
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     return model
 
 
-def tapped_module(model: nn.Module) -> nn.Module:
+def tapped_module(model: Any) -> Any:
     """Returns the module that is tapped: that inside of `unwrap`, of PEFT, and of Hugging Face's wrapper of timm."""
     model = unwrap(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):

@@ -67,12 +67,13 @@ def check_tap(model: nn.Module, family: str, pixels: int, grids: list[int], expe
     stages, classes = probe(adapter, model, x[:1])
     chosen = choose_stages(stages)
     assert [stage.grid for stage in chosen] == [(grid, grid) for grid in grids]
+    stem = next(module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
     calls = []
-    handle = model.register_forward_hook(lambda *args: calls.append(1))
+    handle = stem.register_forward_hook(lambda *args: calls.append(1))
     with torch.no_grad():
         features = adapter.run(model, x, [stage.name for stage in chosen])
         handle.remove()
-        assert len(calls) <= 1
+        assert len(calls) == 1
         for stage, x_map in zip(chosen, features.maps, strict=True):
             assert tuple(x_map.shape) == (2, stage.channels, *stage.grid)
             assert x_map.std() > 0
@@ -83,6 +84,10 @@ def check_tap(model: nn.Module, family: str, pixels: int, grids: list[int], expe
             assert torch.equal(features.logits, expected(x))
             assert features.pooled is not None
             assert features.pooled.ndim == 2
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        if norms:
+            adapter.run(model.train(), x, [stage.name for stage in chosen])
+            assert {norm.num_batches_tracked.item() for norm in norms} == {1}
 
 
 @pytest.mark.parametrize(("name", "family", "pixels", "grids"), TIMM)

@@ -1,9 +1,11 @@
 """Every recipe in its shortest form, run as a user runs it."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import REPOSITORY
 from PIL import Image
@@ -53,13 +55,45 @@ def test_quickstart(tmp_path):
     assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
+def test_bench(tmp_path):
+    import bench
+
+    row = bench.bench_tap("timm:test_resnet", 64, torch.device("cpu"), bench.parse_arguments(["--repeats", "2"]))
+    assert row["plain_ms"] > 0
+    assert 0 < row["ratio"] < 5
+    assert row["memory_ratio"] >= 1
+
+
+def test_coverage(tmp_path):
+    page = tmp_path / "coverage.md"
+    run("coverage.py", "--only", "[th][of]*:*resnet18*", "--page", str(page), cwd=tmp_path)
+    text = page.read_text()
+    assert "1 of 1 architectures" in text
+    assert "| torchvision | resnet18 | resnet18 | CNN | 64 x 64 | layer1" in text
+
+
+REFUSED = {"dinat", "dinat backbone", "imagegpt", "perceiver", "shieldgemma2"}  # natten is missing; no spatial features
+
+
+@pytest.mark.sweep
+def test_coverage_of_every_architecture():
+    spec = importlib.util.spec_from_file_location("coverage_recipe", RECIPES / "coverage.py")  # "coverage" is a package
+    coverage = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = coverage
+    spec.loader.exec_module(coverage)
+    rows = [coverage.check(candidate) for candidate in coverage.candidates("*")]
+    assert {row.candidate.library for row in rows} == {"timm", "torchvision", "hf"}
+    assert len(rows) >= 97 + 80 + 74
+    assert {row.candidate.name: row.problems for row in rows if row.problems}.keys() <= REFUSED
+
+
 def test_embedded_teacher_scores_on_the_embedded_test_images():
     import fashion
     import quickstart
 
     test = fashion.read_split(fashion.SUBSET, "t10k")
     teacher = fashion.build_teacher(trained=True)
-    assert quickstart.evaluate_teacher(teacher, test) > 89
+    assert quickstart.evaluate_teacher(teacher, test) > 90
 
 
 def test_embedded_data_is_a_balanced_subset_and_small():

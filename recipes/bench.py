@@ -1,0 +1,123 @@
+"""What hetkd costs, as ratios measured side by side in one run.
+
+    python recipes/bench.py                         # the tap against a plain forward
+    python recipes/bench.py --json tap.json
+
+Plain and tapped forward passes of one model take turns; the figures are medians of their times,
+the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from hetkd import load_model
+from hetkd.adapter import find_adapter, probe
+from hetkd.plan import choose_stages
+
+MODELS = {
+    "timm:resnet18": 224,
+    "timm:vit_small_patch16_224": 224,
+    "timm:swin_tiny_patch4_window7_224": 224,
+    "timm:mixer_s32_224": 224,
+    "torchvision:mobilenet_v2": 224,
+    "torchvision:vit_b_32": 224,
+}
+
+
+def main() -> None:
+    """Measures, prints a table, and writes the rows."""
+    arguments = parse_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [bench_tap(name, pixels, device, arguments) for name, pixels in MODELS.items()]
+    table = Table(title=f"tapped against plain forward, {device}, batch {arguments.batch_size}")
+    for column in rows[0]:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=120).print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2))
+
+
+def bench_tap(name: str, pixels: int, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compares a model's forward with and without the tap at its four stages."""
+    model = load_model(name, pretrained=False).eval().to(device)
+    images = torch.rand(arguments.batch_size, 3, pixels, pixels, device=device)
+    adapter = find_adapter(model)
+    stages = [stage.name for stage in choose_stages(probe(adapter, model, images[:1])[0])]
+
+    def plain() -> Any:
+        return model(images)
+
+    def tapped() -> Any:
+        return adapter.run(model, images, stages)
+
+    with torch.no_grad():
+        plain_times, tapped_times = take_turns(plain, tapped, arguments.repeats, device)
+        memory = peak_memory(tapped, model, images) / peak_memory(plain, model, images)
+    ratios = [t / p for p, t in zip(plain_times, tapped_times, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {
+        "model": name,
+        "plain_ms": 1e3 * statistics.median(plain_times),
+        "tapped_ms": 1e3 * statistics.median(tapped_times),
+        "ratio": statistics.median(tapped_times) / statistics.median(plain_times),
+        "ratio_quartiles": f"{low:.3f} to {high:.3f}",
+        "memory_ratio": memory,
+    }
+
+
+def take_turns(
+    first: Callable[[], Any], second: Callable[[], Any], repeats: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Times two functions in turns, each going first in every other round."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for round_ in range(repeats + 2):
+        order = ((0, first), (1, second)) if round_ % 2 else ((1, second), (0, first))
+        for index, function in order:
+            start = now(device)
+            function()
+            elapsed = now(device) - start
+            if round_ >= 2:  # the first rounds warm up
+                times[index].append(elapsed)
+    return times
+
+
+def now(device: torch.device) -> float:
+    """Returns the time in seconds, when the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(function: Callable[[], Any], model: nn.Module, images: Tensor) -> int:
+    """Returns the most bytes of tensors, weights and images included, that are alive at a time."""
+    tracker = MemTracker()
+    tracker.track_external(model, images)
+    with tracker:
+        function()
+    return tracker.get_tracker_snapshot("peak")[images.device]["Total"]
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line, or ``words``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main()
