@@ -71,7 +71,7 @@ class Adapter(ABC):
     Attributes:
         family: The name of the family, as users know it.
         priority: Of all adapters that accept a model, the one with the highest priority taps it
-            (ties: the first name in alphabetical order). The built-in families have 0, the generic
+            (ties: the first name in alphabetical order). The built-in families have 0 or 1, the generic
             adapter -100, so that an adapter of one's own wins without setting anything.
     """
 
@@ -130,10 +130,14 @@ class HookAdapter(Adapter):
         tensor = first_tensor(output)
         return tokens_to_map(tensor, (images.shape[-2], images.shape[-1])) if tensor.ndim == 3 else tensor
 
+    def call(self, model: nn.Module, images: Tensor) -> Any:
+        """Calls ``model(images)``; override it for models that take anything else."""
+        return model(images)
+
     def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
-        """Runs ``model(images)`` with hooks on the modules named by ``stages``; see `Adapter.run`."""
+        """Runs the model by `call` with hooks on the modules named by ``stages``; see `Adapter.run`."""
         with tapped(model, stages) as outputs:
-            output = model(images)
+            output = self.call(model, images)
         maps = tuple(self.to_map(outputs.of(name), model, images) for name in stages)
         logits = output_logits(output)
         pooled = getattr(output, "pooler_output", None) if logits is None else outputs.classifier_input

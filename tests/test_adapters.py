@@ -160,6 +160,17 @@ def test_hugging_face_without_a_classifier(model_type):
     )
 
 
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_hugging_face_vits_at_a_size_that_is_not_their_own(index):
+    model_type, options, _, _ = HUGGING_FACE[index]
+    model = hugging_face(model_type, options)
+    d = Distiller(model, tiny_cnn(num_classes=5), "sfkd", input_size={"teacher": 96, "student": 64})
+    assert d.plan.rows[0].teacher_shape == (32, 6, 6)
+    x = d.taps["teacher"].prepare(torch.rand(2, 3, 96, 96))
+    kwargs = {"interpolate_pos_encoding": True} if model_type == "vit" else {}
+    assert torch.equal(d.taps["teacher"].adapter.run(model, x, []).logits, model(x, **kwargs).logits)
+
+
 class OwnCNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -76,6 +76,7 @@ REFUSED = {"dinat", "dinat backbone", "imagegpt", "perceiver", "shieldgemma2"}  
 
 
 @pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore")
 def test_coverage_of_every_architecture():
     spec = importlib.util.spec_from_file_location("coverage_recipe", RECIPES / "coverage.py")  # "coverage" is a package
     coverage = importlib.util.module_from_spec(spec)

@@ -1,5 +1,6 @@
 """Any module: timm's by their own interface, others by stages that a dry run finds."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -40,7 +41,7 @@ class GenericAdapter(HookAdapter):
             reason = _WITHOUT_SPATIAL_FEATURES[_model_type(model)]
             raise ValueError(f"{type(model).__name__} has no spatial features: {reason}.")
         with tapped(model, [path for path, _ in _blocks(model, "")]) as outputs:
-            model(images)
+            self.call(model, images)
         names = [name for name, output in outputs.finished.items() if self._is_spatial(output, model, images)]
         if not names:
             raise ValueError(
@@ -54,6 +55,15 @@ class GenericAdapter(HookAdapter):
         if is_tappable_timm(model):
             return run_timm(model, images, stages, self.to_map)
         return super().run(model, images, stages)
+
+    def call(self, model: nn.Module, images: Tensor) -> Any:
+        """Calls the model; Hugging Face's are told to interpolate position embeddings for a size that is not theirs."""
+        config = getattr(model, "config", None)
+        own = getattr(getattr(config, "vision_config", config), "image_size", None)
+        own = (own, own) if isinstance(own, int) else own
+        if own is None or tuple(own) == images.shape[2:] or not _takes(model, "interpolate_pos_encoding"):
+            return model(images)
+        return model(images, interpolate_pos_encoding=True)
 
     def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
         """Turns NHWC (told by the image's aspect ratio), tokens and windows of tokens into ``[B, C, h, w]``."""
@@ -73,6 +83,10 @@ class GenericAdapter(HookAdapter):
         except (RuntimeError, ValueError, TypeError):
             return False
         return x.ndim == 4 and x.shape[0] == images.shape[0] and x.shape[2:] != (1, 1)
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 def _model_type(model: nn.Module) -> str:

@@ -1,12 +1,11 @@
 """SigLIP 2 of Hugging Face, which takes sequences of patches instead of images."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, HookAdapter, output_logits, tapped
+from hetkd.adapter import HookAdapter
 from hetkd_adapters.libraries import library
 
 
@@ -25,19 +24,14 @@ class Siglip2Adapter(HookAdapter):
         """Lists the layers of the vision encoder."""
         return [path for path, _ in model.named_modules() if path.rpartition(".")[0].endswith("encoder.layers")]
 
-    def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
-        """Runs the model once on the patches of ``images``; see `hetkd.Adapter.run`."""
+    def call(self, model: nn.Module, images: Tensor) -> Any:
+        """Calls the model on patches, which it takes row by row with the channels last."""
         config: Any = model.config
         size = getattr(config, "vision_config", config).patch_size
-        batch, (height, width) = len(images), (images.shape[2] // size, images.shape[3] // size)
+        batch, height, width = len(images), images.shape[2] // size, images.shape[3] // size
         patches = images.unflatten(3, (width, size)).unflatten(2, (height, size)).permute(0, 2, 4, 3, 5, 1)
-        with tapped(model, stages) as outputs:
-            output = model(
-                pixel_values=patches.reshape(batch, height * width, -1),
-                pixel_attention_mask=torch.ones(batch, height * width, dtype=torch.int32, device=images.device),
-                spatial_shapes=torch.tensor([[height, width]], device=images.device).expand(batch, 2),
-            )
-        maps = tuple(self.to_map(outputs.of(stage), model, images) for stage in stages)
-        logits = output_logits(output)
-        pooled = getattr(output, "pooler_output", None) if logits is None else outputs.classifier_input
-        return Features(logits, maps, pooled)
+        return model(
+            pixel_values=patches.reshape(batch, height * width, -1),
+            pixel_attention_mask=torch.ones(batch, height * width, dtype=torch.int32, device=images.device),
+            spatial_shapes=torch.tensor([[height, width]], device=images.device).expand(batch, 2),
+        )
