@@ -89,6 +89,9 @@ class Adapter(ABC):
         Args:
             model: A model that this adapter accepts.
             images: A sample input of the model, for adapters that find stages by a dry run.
+
+        Raises:
+            NoSpatialFeatures: If there is none.
         """
 
     @abstractmethod
@@ -309,6 +312,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class NoSpatialFeatures(ValueError):
+    """A model yields no feature map anywhere; it can only be distilled by its logits."""
+
+
+def count_classes(adapter: Adapter, model: nn.Module, images: Tensor) -> int | None:
+    """Runs ``model`` on a sample without stages, and returns its number of classes (``None`` without a classifier)."""
+    with eval_mode(model), torch.no_grad():
+        logits = adapter.run(model, images, []).logits
+    return None if logits is None else logits.shape[1]
+
+
 def probe(
     adapter: Adapter, model: nn.Module, images: Tensor, extra: Sequence[str] = ()
 ) -> tuple[list[Stage], int | None]:
@@ -323,6 +337,9 @@ def probe(
     Returns:
         All its stages with their shapes, in order of depth, and its number of classes (``None``
         without a classifier).
+
+    Raises:
+        NoSpatialFeatures: If the adapter finds no stage.
     """
     with eval_mode(model), torch.no_grad():
         listed = adapter.stage_names(model, images)

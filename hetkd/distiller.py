@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Adapter, Features, HookAdapter, Stage, StagePair, find_adapter, probe
+from hetkd.adapter import (
+    Adapter,
+    Features,
+    HookAdapter,
+    NoSpatialFeatures,
+    Stage,
+    StagePair,
+    count_classes,
+    find_adapter,
+    probe,
+)
 from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, check_labels, input_spec
 from hetkd.methods import Method, make_method
 from hetkd.methods.feature import count_parameters
@@ -134,6 +144,9 @@ class Distiller(nn.Module):
             if stages is not None:
                 raise ValueError(f"stages={stages!r} has no use: {type(method).__name__} compares no features.")
             pairs: list[StagePair] = []
+        elif not (teacher.stages and student.stages):
+            reason = teacher.why_no_stages or student.why_no_stages
+            raise ValueError(f"{reason}, but {type(method).__name__} compares feature maps: use method='kd'.")
         elif stages is None:
             pairs = pair_stages(teacher.stages, student.stages)[-method.automatic_stages :]
         else:
@@ -314,6 +327,7 @@ class Tap:
         self.adapter: Adapter = find_adapter(self.model)
         self.spec: InputSpec = input_spec(self.model)
         self.size = _as_size(size) if size is not None else self.spec.size
+        self.why_no_stages = ""
         self.stages, self.classes = self._dry_run()
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names: list[str] = []
@@ -323,7 +337,7 @@ class Tap:
         refusals: list[Exception] = []
         for channels in dict.fromkeys((self.spec.channels, 3, 1)):
             try:
-                found = probe(self.adapter, self.model, self._sample(channels))
+                found = self._probe(self._sample(channels))
             except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 refusals.append(error)
             else:
@@ -335,6 +349,13 @@ class Tap:
             f"({refusals[0]}); its own size is {self.spec.size[0]} x {self.spec.size[1]}: "
             f"set input_size={{'{self.role}': ...}}."
         ) from refusals[0]
+
+    def _probe(self, sample: Tensor) -> tuple[list[Stage], int | None]:
+        try:
+            return probe(self.adapter, self.model, sample)
+        except NoSpatialFeatures as error:  # which a method on logits does not need
+            self.why_no_stages = str(error)
+            return [], count_classes(self.adapter, self.model, sample)
 
     def add_stages(self, names: Sequence[str]) -> None:
         """Makes modules of these paths stages too; names of no module are left for the plan to refuse."""

@@ -24,7 +24,8 @@ def choose_stages(stages: Sequence[Stage], count: int = STAGE_COUNT) -> list[Sta
     at_grid: dict[tuple[int, int], list[Stage]] = {}
     for stage in stages:
         at_grid.setdefault(stage.grid, []).append(stage)
-    groups = list(at_grid.values())[-count:]
+    groups = list(at_grid.values())
+    groups = groups[max(0, len(groups) - count) :]
     picks = [1] * len(groups)
     for _ in range(min(count, len(stages)) - len(groups) if len(groups) <= _FEW_GRIDS else 0):
         longest = max(range(len(groups)), key=lambda group: len(groups[group]) / picks[group])

@@ -312,8 +312,11 @@ def test_peft_models_are_tapped_inside_and_saved_as_adapters(tmp_path):
 
 def test_a_model_without_spatial_features_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-    with pytest.raises(ValueError, match="no spatial features"):
-        Distiller(model, tiny_cnn(), "sfkd", input_size={"teacher": 32, "student": 32})
+    sizes = {"teacher": 32, "student": 32}
+    with pytest.raises(ValueError, match=r"no spatial features.*but SFKD compares feature maps: use method='kd'"):
+        Distiller(model, tiny_cnn(), "sfkd", input_size=sizes)
+    output = Distiller(model, tiny_cnn(), "kd", input_size=sizes)(*batch())
+    assert output.terms.keys() == {"ce", "kd"}
 
 
 def test_probe_leaves_modes_and_statistics_alone():

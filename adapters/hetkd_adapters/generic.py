@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, HookAdapter, first_tensor, tapped
+from hetkd.adapter import Features, HookAdapter, NoSpatialFeatures, first_tensor, tapped
 from hetkd.grid import tokens_to_map, windows_to_map
 from hetkd_adapters.libraries import is_tappable_timm, run_timm, timm_stage_names
 
@@ -39,14 +39,14 @@ class GenericAdapter(HookAdapter):
             return timm_stage_names(model, images)
         if _model_type(model) in _WITHOUT_SPATIAL_FEATURES:
             reason = _WITHOUT_SPATIAL_FEATURES[_model_type(model)]
-            raise ValueError(f"{type(model).__name__} has no spatial features: {reason}.")
+            raise NoSpatialFeatures(f"{type(model).__name__} has no spatial features: {reason}")
         with tapped(model, [path for path, _ in _blocks(model, "")]) as outputs:
             self.call(model, images)
         names = [name for name, output in outputs.finished.items() if self._is_spatial(output, model, images)]
         if not names:
-            raise ValueError(
+            raise NoSpatialFeatures(
                 f"{type(model).__name__} has no spatial features: no block yields a feature map larger than 1 x 1 "
-                f"for an input of {list(images.shape)}."
+                f"for an input of {images.shape[2]} x {images.shape[3]} pixels"
             )
         return names
 
