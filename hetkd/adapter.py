@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
@@ -134,8 +133,11 @@ class HookAdapter(Adapter):
         return tokens_to_map(tensor, (images.shape[-2], images.shape[-1])) if tensor.ndim == 3 else tensor
 
     def call(self, model: nn.Module, images: Tensor) -> Any:
-        """Calls ``model(images)``; override it for models that take anything else."""
-        return model(images)
+        """Calls ``model(images)``; override it for models that take anything else.
+
+        Models compiled in place run uncompiled here, for compiled code does not see hooks that come and go.
+        """
+        return model._call_impl(images)
 
     def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
         """Runs the model by `call` with hooks on the modules named by ``stages``; see `Adapter.run`."""
@@ -154,16 +156,27 @@ class Outputs:
         self.finished: dict[str, Any] = {}
         self.classifier_input: Tensor | None = None
         self._model = type(model).__name__
+        self._versions: dict[str, int] = {}
 
     def of(self, name: str) -> Any:
         """Returns the output of the module ``name``.
 
         Raises:
-            RuntimeError: If it did not run.
+            RuntimeError: If it did not run, or if what it returned was overwritten later.
         """
         if name not in self.finished:
             raise RuntimeError(f"{self._model} did not run its stage {name!r}; no feature to distil there.")
+        if self.is_overwritten(name):
+            raise RuntimeError(
+                f"{self._model} overwrites the output of {name!r} in place (by an in-place ReLU or addition): name the "
+                "module that does so instead."
+            )
         return self.finished[name]
+
+    def is_overwritten(self, name: str) -> bool:
+        """Says whether an in-place operation changed what the module ``name`` returned."""
+        tensor = find_tensor(self.finished[name])
+        return tensor is not None and name in self._versions and tensor._version != self._versions[name]
 
     def keep(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         """Returns a forward hook that keeps a module's last output."""
@@ -171,13 +184,16 @@ class Outputs:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.finished.pop(name, None)
             self.finished[name] = output
+            tensor = find_tensor(output)
+            if tensor is not None and not tensor.is_inference():
+                self._versions[name] = tensor._version
 
         return hook
 
     def keep_classifier_input(self, module: nn.Module, args: Any) -> None:
         """Is a forward pre-hook that keeps the vectors that a classifier, or its part behind pooling, sees."""
         x = args[0] if args else None
-        if self.classifier_input is None and isinstance(x, Tensor) and x[0].numel() == x.shape[1]:
+        if self.classifier_input is None and isinstance(x, Tensor) and x.ndim > 1 and x[0].numel() == x.shape[1]:
             self.classifier_input = x.flatten(1)
 
 
@@ -204,7 +220,7 @@ def tapped(model: nn.Module, names: Iterable[str]) -> Iterator[Outputs]:
 
 def first_tensor(output: Any) -> Tensor:
     """Returns ``output`` itself or the first tensor in it: in nested tuples, lists or Hugging Face outputs."""
-    found = _find_tensor(output)
+    found = find_tensor(output)
     if found is None:
         raise RuntimeError(
             f"expected a tensor or a tuple of tensors from a tapped module, got {type(output).__name__}."
@@ -212,20 +228,23 @@ def first_tensor(output: Any) -> Tensor:
     return found
 
 
-def _find_tensor(output: Any) -> Tensor | None:
+def find_tensor(output: Any) -> Tensor | None:
+    """Returns what `first_tensor` does, or ``None`` if there is no tensor."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return next((tensor for tensor in map(_find_tensor, values) if tensor is not None), None)
+    return next((tensor for tensor in map(find_tensor, values) if tensor is not None), None)
 
 
 def output_logits(output: Any) -> Tensor | None:
     """Returns the logits ``[B, classes]`` in a model's output, or ``None`` if it has none."""
-    if hasattr(output, "logits"):
-        return output.logits if isinstance(output.logits, Tensor) else None
-    if isinstance(output, Tensor):
-        return output if output.ndim == 2 else None
-    return None
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif hasattr(output, "logits"):
+        logits = output.logits
+    else:
+        logits = output[0] if isinstance(output, (tuple, list)) and output else output
+    return logits if isinstance(logits, Tensor) and logits.ndim == 2 else None
 
 
 def find_classifier(model: Any) -> nn.Module | None:
@@ -244,6 +263,7 @@ def find_classifier(model: Any) -> nn.Module | None:
 
 
 adapters: Registry[type[Adapter]] = Registry("adapter")
+_loaded: set[str] = set()
 AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 
 
@@ -260,12 +280,16 @@ def register_adapter(name: str) -> Callable[[AdapterClass], AdapterClass]:
     add = adapters.register(name)
 
     def decorate(adapter: AdapterClass) -> AdapterClass:
-        if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
-            raise TypeError(f"adapter {name!r} must be a subclass of hetkd.Adapter, got {adapter!r}.")
-        add(adapter)
+        add(_checked(name, adapter))
         return adapter
 
     return decorate
+
+
+def _checked(name: str, adapter: Any) -> Any:
+    if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
+        raise TypeError(f"adapter {name!r} must be a subclass of hetkd.Adapter, got {adapter!r}.")
+    return adapter
 
 
 def list_adapters() -> list[str]:
@@ -284,16 +308,26 @@ def find_adapter(model: nn.Module) -> Adapter:
     ranked = sorted(adapters.names(), key=lambda name: -adapters[name].priority)
     for name in ranked:
         adapter = adapters[name]()
-        if adapter.accepts(model):
+        try:
+            accepted = adapter.accepts(model)
+        except Exception as error:  # whatever a plug-in does wrong, the others go on working
+            message = f"hetkd adapter {name!r} fails to say whether it accepts {type(model).__name__} ({error!r})."
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            continue
+        if accepted:
             return adapter
     raise TypeError(f"no adapter accepts {type(model).__name__}; write one (adapters/README.md). Asked: {ranked}.")
 
 
-@cache
 def _load_entry_points() -> None:
+    if _loaded:
+        return
+    _loaded.add(ENTRY_POINT_GROUP)  # first, for a plug-in that registers by the decorator comes back here
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         try:
-            adapters.register(entry_point.name)(entry_point.load())
+            adapter = _checked(entry_point.name, entry_point.load())
+            if entry_point.name not in adapters or adapters[entry_point.name] is not adapter:
+                adapters.register(entry_point.name)(adapter)
         except Exception as error:  # a plug-in may fail in any way; the others must go on working
             origin = entry_point.dist.name if entry_point.dist else "an unknown package"
             message = f"hetkd adapter {entry_point.name!r} of {origin} does not load ({error!r}) and is left out."
@@ -344,7 +378,7 @@ def probe(
     with eval_mode(model), torch.no_grad():
         listed = adapter.stage_names(model, images)
         added = [name for name in dict.fromkeys(extra) if name not in listed]
-        paths = {path for path, _ in model.named_modules()}
+        paths = {path for path, _ in model.named_modules() if path}
         with tapped(model, [name for name in (*listed, *added) if name in paths]) as outputs:
             features = adapter.run(model, images, [*listed, *added])
     names = _in_order_of_depth(listed, added, list(outputs.finished))

@@ -114,6 +114,8 @@ class Distiller(nn.Module):
             raise TypeError(f"student must be a string or an nn.Module, got {student!r}.")
         if tap is not None and tapped_module(student) is tap.model:
             raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise ValueError("all parameters of the student are frozen: call student.requires_grad_(True).")
         self.student = unwrap(student)
         self.normalized = normalized is not None
         # A tap is no nn.Module: the teacher is in no parameters(), state_dict() or DDP bucket.
@@ -148,9 +150,9 @@ class Distiller(nn.Module):
             reason = teacher.why_no_stages or student.why_no_stages
             raise ValueError(f"{reason}, but {type(method).__name__} compares feature maps: use method='kd'.")
         elif stages is None:
-            pairs = pair_stages(teacher.stages, student.stages)[-method.automatic_stages :]
+            pairs = pair_stages(teacher.listed, student.listed)[-method.automatic_stages :]
         else:
-            pairs = chosen_pairs(teacher.stages, student.stages, stages)
+            pairs = chosen_pairs(teacher.stages, student.stages, stages, (teacher.listed, student.listed))
         method.bind(pairs)
         student.select([pair.student.name for pair in pairs])
         if teacher is not None:
@@ -158,7 +160,7 @@ class Distiller(nn.Module):
 
     def _make_plan(self) -> Plan:
         teacher, student, method = self._teacher, self._student, self.method
-        automatic = pair_stages(teacher.stages, student.stages) if teacher is not None else []
+        automatic = pair_stages(teacher.listed, student.listed) if teacher is not None else []
         rows = [
             PlanRow(
                 str(automatic.index(pair)) if pair in automatic else "own",
@@ -329,6 +331,7 @@ class Tap:
         self.size = _as_size(size) if size is not None else self.spec.size
         self.why_no_stages = ""
         self.stages, self.classes = self._dry_run()
+        self.listed = self.stages  # of the adapter, without those that the user adds
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names: list[str] = []
 
@@ -345,8 +348,8 @@ class Tap:
                 return found
         height, width = self.size
         raise ValueError(
-            f"the {self.role} {architecture_name(self.model)} refuses an input of {height} x {width} pixels "
-            f"({refusals[0]}); its own size is {self.spec.size[0]} x {self.spec.size[1]}: "
+            f"the {self.role} {architecture_name(self.model)} refuses images of {height} x {width} pixels: "
+            f"{refusals[0]}. If it is the size: its own is {self.spec.size[0]} x {self.spec.size[1]}; "
             f"set input_size={{'{self.role}': ...}}."
         ) from refusals[0]
 
@@ -358,20 +361,33 @@ class Tap:
             return [], count_classes(self.adapter, self.model, sample)
 
     def add_stages(self, names: Sequence[str]) -> None:
-        """Makes modules of these paths stages too; names of no module are left for the plan to refuse."""
-        paths = {path for path, _ in self.model.named_modules()} - {stage.name for stage in self.stages}
-        added = [name for name in names if name in paths]
-        if not added or not isinstance(self.adapter, HookAdapter):
+        """Makes modules of these paths stages too.
+
+        Raises:
+            ValueError: If a name is no path of a module, or no feature map comes out there.
+        """
+        listed = [stage.name for stage in self.stages]
+        paths = (
+            [path for path, _ in self.model.named_modules() if path] if isinstance(self.adapter, HookAdapter) else []
+        )
+        added = [name for name in names if name not in listed]
+        for name in added:
+            if name not in paths:
+                raise unknown_name(f"{self.role} stage", name, {*listed, *paths})
+        if not added:
             return
         try:
             self.stages, _ = probe(self.adapter, self.model, self._sample(self.spec.channels), added)
+            self.listed = [stage for stage in self.stages if stage.name in listed]
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"stages has {added} of the {self.role}, where no feature map comes out: {error}"
             ) from error
 
     def _sample(self, channels: int) -> Tensor:
-        return torch.zeros(1, channels, *self.size).to(self._like())
+        # Three different images, so that a batch axis cannot be taken for anything else.
+        images = torch.rand(3, channels, *self.size, generator=torch.Generator().manual_seed(0))
+        return images.to(self._like())
 
     @property
     def title(self) -> str:
@@ -452,6 +468,6 @@ def _sizes(input_size: Size | Mapping[str, Size] | None) -> dict[str, Size]:
 
 def _as_size(size: Any) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(v, int) and v > 0 for v in pair)):
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(v) is int and v > 0 for v in pair)):
         raise ValueError(f"input_size has {size!r}: give positive pixels, a number or (height, width).")
     return pair[0], pair[1]

@@ -72,7 +72,7 @@ def _preprocessing(model: Any) -> tuple[Settings, int | Sequence[int]]:
     if hasattr(getattr(model, "config", None), "model_type"):
         return _of_hugging_face(model.config)
     settings: Settings = getattr(model, "input_settings", {})  # of hetkd.load_model("torchvision:...")
-    return settings, settings.get("size", getattr(model, "image_size", 224))
+    return settings, getattr(model, "image_size", settings.get("size", 224))
 
 
 def _of_timm(model: Any) -> tuple[Settings, Sequence[int]]:
@@ -145,7 +145,13 @@ class InputTransform(nn.Module):
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         given_mean, given_std = torch.zeros_like(mean), torch.ones_like(std)
         if normalized is not None:
+            if not isinstance(normalized, (tuple, list)) or len(normalized) != 2:
+                raise ValueError(f"normalized={normalized!r} must be (mean, std), each with a value per channel.")
             given_mean, given_std = (torch.tensor(_per_channel(v, spec.channels)) for v in normalized)
+            if not (given_std > 0).all():
+                raise ValueError(
+                    f"normalized has the standard deviations {list(normalized[1])}; they must be positive."
+                )
         # (x * given_std + given_mean - mean) / std in one step
         self.register_buffer("scale", (given_std / std)[:, None, None], persistent=False)
         self.register_buffer("shift", ((given_mean - mean) / std)[:, None, None], persistent=False)
@@ -162,6 +168,8 @@ class InputTransform(nn.Module):
 
 
 def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    if not isinstance(values, Sequence):
+        raise ValueError(f"normalized has {values!r}; give (mean, std), each a sequence with a value per channel.")
     if len(values) != channels:
         raise ValueError(f"normalized has {len(values)} values for images of {channels} channels.")
     return [float(value) for value in values]

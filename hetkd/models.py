@@ -339,8 +339,8 @@ def tapped_module(model: Any) -> Any:
     model = unwrap(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return tapped_module(model.get_base_model())
-    inner = getattr(model, "timm_model", None)
-    return inner if isinstance(inner, nn.Module) else model
+    is_wrapper = type(model).__module__.startswith("transformers.models.timm_wrapper")
+    return model.timm_model if is_wrapper and hasattr(model, "timm_model") else model
 
 
 def architecture_name(model: nn.Module) -> str:

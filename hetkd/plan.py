@@ -44,7 +44,12 @@ def pair_stages(teacher: Sequence[Stage], student: Sequence[Stage]) -> list[Stag
     return [StagePair(t, s) for t, s in pairs]
 
 
-def chosen_pairs(teacher: Sequence[Stage], student: Sequence[Stage], choices: Sequence[StageChoice]) -> list[StagePair]:
+def chosen_pairs(
+    teacher: Sequence[Stage],
+    student: Sequence[Stage],
+    choices: Sequence[StageChoice],
+    listed: tuple[Sequence[Stage], Sequence[Stage]],
+) -> list[StagePair]:
     """Resolves the user's ``stages``.
 
     Args:
@@ -53,6 +58,8 @@ def chosen_pairs(teacher: Sequence[Stage], student: Sequence[Stage], choices: Se
         choices: Each a row of the automatic pairing (int; negative from the end), a student stage by
             name (the teacher's is the one at the same relative depth), or a pair (teacher, student)
             of names or rows.
+        listed: Of teacher and student, the stages that their adapters list, on which the automatic
+            pairing and relative depth are founded: naming another module changes neither.
 
     Raises:
         ValueError: If a name or row does not exist; the nearest names are given.
@@ -62,8 +69,7 @@ def chosen_pairs(teacher: Sequence[Stage], student: Sequence[Stage], choices: Se
         raise TypeError(f"stages={choices!r} must be a list of rows, names or (teacher, student) pairs.")
     if not choices:
         raise ValueError("stages=[] leaves nothing to compare; leave it out for the automatic pairing.")
-    automatic = pair_stages(teacher, student)
-    return [_resolve(choice, automatic, teacher, student) for choice in choices]
+    return [_resolve(choice, listed, teacher, student) for choice in choices]
 
 
 def chosen_names(choices: Any, side: int) -> list[str]:
@@ -77,16 +83,19 @@ def chosen_names(choices: Any, side: int) -> list[str]:
 
 
 def _resolve(
-    choice: StageChoice, automatic: list[StagePair], teacher: Sequence[Stage], student: Sequence[Stage]
+    choice: StageChoice,
+    listed: tuple[Sequence[Stage], Sequence[Stage]],
+    teacher: Sequence[Stage],
+    student: Sequence[Stage],
 ) -> StagePair:
+    automatic = pair_stages(*listed)
     if isinstance(choice, bool):
         raise TypeError(f"stages has {choice!r}; use rows, names or (teacher, student) pairs.")
     if isinstance(choice, int):
         return automatic[_row(choice, len(automatic))]
     if isinstance(choice, str):
         chosen = find_stage("student stage", choice, student)
-        depth = (list(student).index(chosen) + 1) / len(student)
-        return StagePair(teacher[max(0, round(depth * len(teacher)) - 1)], chosen)
+        return StagePair(_at_depth(listed[0], _depth(chosen, student, listed[1])), chosen)
     if not isinstance(choice, (tuple, list)) or len(choice) != 2:
         raise TypeError(f"stages has {choice!r}; use rows, names or (teacher, student) pairs.")
     sides = (
@@ -94,10 +103,20 @@ def _resolve(
         ("student stage", choice[1], student, [pair.student for pair in automatic]),
     )
     resolved = [
-        rows[_row(name, len(rows))] if isinstance(name, int) else find_stage(what, name, stages)
+        rows[_row(name, len(rows))] if type(name) is int else find_stage(what, name, stages)
         for what, name, stages, rows in sides
     ]
     return StagePair(resolved[0], resolved[1])
+
+
+def _depth(stage: Stage, stages: Sequence[Stage], listed: Sequence[Stage]) -> float:
+    """Returns the relative depth of a stage, 0 to 1; one that is not listed stands half-way between two that are."""
+    before = [other for other in stages[: list(stages).index(stage)] if other in listed]
+    return (len(before) + (1 if stage in listed else 0.5)) / len(listed)
+
+
+def _at_depth(stages: Sequence[Stage], depth: float) -> Stage:
+    return stages[max(0, round(depth * len(stages)) - 1)]
 
 
 def _row(row: int, count: int) -> int:

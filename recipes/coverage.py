@@ -2,6 +2,7 @@
 
     python recipes/coverage.py                                     # all of them
     python recipes/coverage.py --only "timm:*vit*" --page /tmp/part.md
+    python recipes/coverage.py --rows runs/coverage.jsonl          # goes on where it was stopped
 
 Each architecture is built without pretrained weights: of timm the smallest variant of each class,
 of torchvision every model, of Hugging Face every type, from a small configuration. It takes one step as teacher and one
@@ -10,13 +11,14 @@ as student of a small partner, by SFKD and by UHKD, at the smallest of a row of 
 
 import argparse
 import gc
+import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib.metadata import version
@@ -54,7 +56,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "timm_backbone": {"backbone": "resnet18", "out_indices": (1, 2, 3, 4)},
     "timm_wrapper": {"architecture": "resnet18"},
 }
-TAKE_PATCHES = ("siglip2",)  # called without an adapter, they refuse images
 SMALL_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 LARGE = ("base", "large", "huge", "giant", "gigantic", "enormous", "so400m", "_xl", "_l", "_b_", "_m_", "384", "448")
 console = Console(highlight=False, soft_wrap=True)
@@ -72,33 +73,48 @@ class Candidate:
 
 @dataclass
 class Row:
-    """What was seen of a candidate; ``problems`` is empty where all went well."""
+    """What was seen of a candidate; ``problems`` is empty where all went well, ``memory`` is the peak so far in GB."""
 
-    candidate: Candidate
+    library: str
+    architecture: str
+    name: str
     family: str = ""
     parameters: int = 0
     size: tuple[int, int] = (0, 0)
     stages: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    memory: float = 0.0
 
 
 def main() -> None:
     """Checks, prints a line an architecture, and writes the page."""
     arguments = parse_arguments()
     torch.manual_seed(0)
-    start = time.perf_counter()
     rows = []
+    known = read_rows(arguments.rows)
     for candidate in candidates(arguments.only):
-        rows.append(check(candidate))
-        report(rows[-1])
+        row = known.get((candidate.library, candidate.name)) or check(candidate)
+        rows.append(row)
+        report(row)
+        if arguments.rows and (candidate.library, candidate.name) not in known:
+            with arguments.rows.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(asdict(row)) + "\n")
         gc.collect()
-    seconds, memory = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    summary = f"{len(rows)} architectures in {seconds / 60:.0f} minutes on {torch.get_num_threads()} threads, "
+    minutes, memory = sum(row.seconds for row in rows) / 60, max((row.memory for row in rows), default=0.0)
+    summary = f"{len(rows)} architectures in {minutes:.0f} minutes on {torch.get_num_threads()} threads, "
     summary += f"at most {memory:.1f} GB of memory."
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
     arguments.page.write_text(page(rows, summary), encoding="utf-8")
     console.print(f"{summary} Written to {arguments.page}.")
+
+
+def read_rows(path: Path | None) -> dict[tuple[str, str], Row]:
+    """Reads what an earlier run has done already."""
+    if path is None or not path.exists():
+        return {}
+    rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(row.library, row.name): row for row in rows}
 
 
 def candidates(pattern: str) -> Iterator[Candidate]:
@@ -151,7 +167,7 @@ def torchvision_candidates() -> Iterator[Candidate]:
     """Yields every classification model of torchvision."""
     for name in torchvision.models.list_models(module=torchvision.models):
         build = partial(load_model, f"torchvision:{name}", pretrained=False, num_classes=CLASSES)
-        yield Candidate("torchvision", type(build).__name__, name, build)
+        yield Candidate("torchvision", name, name, build)
 
 
 def hugging_face_candidates() -> Iterator[Candidate]:
@@ -193,7 +209,7 @@ def smaller_fields(config: Any) -> dict[str, Any]:
 
 def check(candidate: Candidate) -> Row:
     """Lets an architecture be teacher and student, and notes what goes wrong."""
-    row, start = Row(candidate), time.perf_counter()
+    row, start = Row(candidate.library, candidate.architecture, candidate.name), time.perf_counter()
     try:
         model = candidate.build()
         row.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -204,6 +220,7 @@ def check(candidate: Candidate) -> Row:
     except Exception as error:  # whatever a model does, the others go on
         row.problems.append(f"{type(error).__name__}: {error}")
     row.seconds = time.perf_counter() - start
+    row.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return row
 
 
@@ -213,7 +230,9 @@ def smallest_input(model: nn.Module) -> tuple[int, int]:
     for size in sorted({*((pixels, pixels) for pixels in SIZES), own}):
         try:
             settle_statistics(model, size)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError) as error:
+            if "no spatial features" in str(error):
+                raise
             continue
         return size
     settle_statistics(model, own)  # says why not
@@ -267,9 +286,9 @@ def check_teacher(row: Row, model: nn.Module, method: str) -> list[str]:
     images, labels = batch(distiller, row.size)
     output = distiller(images, labels)
     problems = bad_terms(output)
-    if output.teacher_logits is not None and row.candidate.name not in TAKE_PATCHES:
+    if output.teacher_logits is not None:
         with torch.no_grad():
-            plain = output_logits(tap.model(tap.prepare(images)))
+            plain = output_logits(tap.adapter.call(tap.model, tap.prepare(images)))
         if plain is None or not torch.equal(plain, output.teacher_logits):
             problems.append("logits differ from those of a plain call")
     return problems
@@ -311,7 +330,7 @@ def batch(distiller: Distiller, size: tuple[int, int]) -> tuple[Tensor, Tensor |
 
 def report(row: Row) -> None:
     """Prints a line on an architecture, and one on each problem."""
-    name = f"{row.candidate.library}:{row.candidate.name}"
+    name = f"{row.library}:{row.name}"
     console.print(f"{name:48} {row.family:16} {row.size[0]:4} px  {row.seconds:6.1f} s  {len(row.stages)} stages")
     for problem in row.problems:
         console.print(f"    {problem}", style="red")
@@ -335,7 +354,7 @@ def page(rows: list[Row], summary: str) -> str:
         "|---|---|---|",
     ]
     for library in libraries:
-        own = [row for row in rows if row.candidate.library == library]
+        own = [row for row in rows if row.library == library]
         lines.append(f"| {library} | {len(own)} | {sum(not row.problems for row in own)} |")
     lines += ["", "## Refused, and why", ""]
     lines += [f"- `{row.candidate.library}:{row.candidate.name}`: {'; '.join(row.problems)}" for row in refused] or [
@@ -349,8 +368,8 @@ def page(rows: list[Row], summary: str) -> str:
     ]
     lines += ["|---|---|---|---|---|---|"]
     for row in rows:
-        it, size, stages = row.candidate, f"{row.size[0]} x {row.size[1]}", ", ".join(row.stages)
-        lines.append(f"| {it.library} | {it.architecture} | {it.name} | {row.family} | {size} | {stages} |")
+        size, stages = f"{row.size[0]} x {row.size[1]}", ", ".join(row.stages)
+        lines.append(f"| {row.library} | {row.architecture} | {row.name} | {row.family} | {size} | {stages} |")
     return "\n".join(lines) + "\n"
 
 
@@ -359,6 +378,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", metavar="PATTERN", help='such as "timm:*vit*"')
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep what is done here, and do not do it again")
     return parser.parse_args()
 
 

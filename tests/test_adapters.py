@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from hetkd import Distiller, HookAdapter, list_adapters, register_adapter
+from hetkd import Distiller, HookAdapter, list_adapters, load_model, register_adapter
 from hetkd.adapter import adapters, find_adapter, first_tensor, probe
 from hetkd.grid import common_grid, to_grid, tokens_to_map
 from hetkd.plan import choose_stages
@@ -226,6 +226,111 @@ def test_generic_finds_stages_of_any_layout(model, grids):
     assert torch.equal(adapter.run(model, x, [stages[-1].name]).logits, model(x))
 
 
+class Residual(nn.Module):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(channels, out, 3, 2, 1), nn.BatchNorm2d(out))
+        self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, 2), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+class OwnResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b1, self.b2, self.b3 = Residual(3, 8), Residual(8, 16), Residual(16, 24)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x):
+        return {"logits": self.head(self.b3(self.b2(self.b1(x))).mean((2, 3)))}
+
+
+def test_generic_takes_blocks_not_their_branches():
+    d = Distiller(tiny_vit(), OwnResNet(), "sfkd", input_size=32)
+    assert [stage.name for stage in d.taps["student"].stages] == ["b1", "b2", "b3"]
+    assert d.classes == 10
+    googlenet = load_model("torchvision:googlenet", pretrained=False, num_classes=10, init_weights=False)
+    stages, _ = probe(find_adapter(googlenet), googlenet, torch.rand(2, 3, 64, 64))
+    assert [(s.name, s.channels) for s in choose_stages(stages)][1:] == [
+        ("inception3b", 480),
+        ("inception4e", 832),
+        ("inception5b", 1024),
+    ]
+
+
+class Normalize(nn.Module):
+    def forward(self, x):
+        return (x - 0.5) / 0.25
+
+
+def test_generic_looks_into_a_model_behind_a_normalisation():
+    vit = tiny_vit()
+    d = Distiller(nn.Sequential(Normalize(), vit), tiny_cnn(), "sfkd", input_size={"teacher": 32, "student": 64})
+    names = [row.teacher for row in d.plan.rows if row.teacher]
+    assert all(name.startswith("1.") for name in names)
+    assert d.plan.rows[0].teacher_shape == (24, 4, 4)
+
+
+def test_generic_refuses_layouts_that_mix_images():
+    class SequenceFirst(OwnChannelsLast):
+        def forward(self, x):
+            x = self.stem(x).flatten(2).permute(2, 0, 1)
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(x.mean(0))
+
+    d = Distiller(SequenceFirst(), tiny_cnn(), "sfkd", input_size={"teacher": 32, "student": 64})
+    assert [stage.name for stage in d.taps["teacher"].stages] == ["stem"]
+
+
+def test_overwritten_outputs_are_no_stages():
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
+        nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(inplace=True)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+    d = Distiller(tiny_vit(), model, "sfkd", input_size=32)
+    assert [stage.name for stage in d.taps["student"].stages] == ["0.0", "0.2", "1.0", "1.2"]
+    with pytest.raises(ValueError, match=r"overwrites the output of '1.1' in place"):
+        Distiller(tiny_vit(), model, "sfkd", stages=["1.1"], input_size=32)
+
+
+def test_a_timm_subclass_with_a_forward_of_its_own_runs_it():
+    class Tripled(type(tiny_cnn())):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    model = tiny_cnn().eval()
+    x = torch.rand(2, 3, 64, 64)
+    plain = model(x)
+    model.__class__ = Tripled
+    stages, _ = probe(find_adapter(model), model, x)
+    assert torch.equal(find_adapter(model).run(model, x, [stages[-1].name]).logits, 3 * plain)
+
+
+def test_a_model_compiled_in_place_is_tapped():
+    student = OwnCNN()
+    d = Distiller(tiny_vit(), student, "sfkd", input_size=32)
+    student.compile(backend="eager")
+    for _ in range(2):
+        d(*batch()).loss.backward()
+        assert d.predict(batch()[0]).shape == (8, 10)
+
+
+def test_naming_a_module_leaves_rows_and_depths_as_they_were():
+    def stages(*choices):
+        d = Distiller(tiny_vit(depth=8), "test_resnet", "sfkd", stages=list(choices), input_size=64)
+        return [(row.teacher, row.student) for row in d.plan.rows if row.stage != "logits"]
+
+    extra = ("blocks.5.mlp", "layer1.0.conv1")
+    assert stages(2, extra)[0] == stages(2)[0]
+    assert stages("layer2", extra)[0] == stages("layer2")[0]
+    assert stages(1, 2, extra)[:2] == stages(1, 2)
+
+
 def test_timm_model_of_no_family_is_tapped_generically():
     model = tiny_cnn().eval()
     generic = adapters["generic"]()
@@ -234,7 +339,10 @@ def test_timm_model_of_no_family_is_tapped_generically():
     assert [stage.height for stage in choose_stages(stages)] == [16, 8, 4, 2]
 
 
-@pytest.mark.parametrize(("name", "pixels"), [("efficientnet_b0", 64), ("mobilenetv2_035", 64), ("resnet18", 64)])
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [(name, 64) for name in ("efficientnet_b0", "mobilenetv2_035", "resnet18", "resnetv2_18", "nf_resnet26")],
+)
 def test_the_last_stage_is_the_map_before_pooling(name, pixels):
     model = timm_model(name, pixels)
     x = torch.randn(2, 3, pixels, pixels)
@@ -273,9 +381,9 @@ def test_stages_of_both_sides_by_module_path():
 
 def test_a_stage_by_module_path_stands_where_it_runs():
     model = timm.create_model("resnet18", num_classes=10).eval()
-    stages, _ = probe(find_adapter(model), model, torch.rand(1, 3, 64, 64), ["layer4.0", "layer1.0", "bn1"])
+    stages, _ = probe(find_adapter(model), model, torch.rand(1, 3, 64, 64), ["layer4.0", "layer1.0", "maxpool"])
     names = [stage.name for stage in stages]
-    assert names == ["bn1", "act1", "layer1.0", "layer1", "layer2", "layer3", "layer4.0", "layer4"]
+    assert names == ["act1", "maxpool", "layer1.0", "layer1", "layer2", "layer3", "layer4.0", "layer4"]
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])

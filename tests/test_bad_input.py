@@ -126,7 +126,7 @@ CASES = {
     "refused size": (
         lambda: make(input_size={"teacher": 48, "student": 64}),
         ValueError,
-        r"the teacher vit_tiny_patch16_224 refuses an input of 48 x 48 pixels .*its own size is 32 x 32",
+        r"the teacher vit_tiny_patch16_224 refuses images of 48 x 48 pixels: .*its own is 32 x 32",
     ),
     # images and labels
     "rank": (lambda: step(X[0]), ValueError, r"shape \[B, 3, H, W\], got \[3, 32, 32\]; add a batch axis"),

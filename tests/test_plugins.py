@@ -20,6 +20,7 @@ with warnings.catch_warnings(record=True) as caught:
     names = list_adapters()
     teacher, student = (timm.create_model(name, num_classes=10) for name in ("test_convnext", "test_resnet"))
     plan = Distiller(teacher, student, "sfkd", input_size={"teacher": 64, "student": 64}).plan
+    teacher.requires_grad_(True)
     other = Distiller(student, teacher, "sfkd", input_size={"teacher": 64, "student": 64}).plan
 print(json.dumps({
     "names": names,
@@ -53,7 +54,26 @@ def test_an_installed_package_changes_how_one_architecture_is_tapped(plugin):
 def test_a_broken_package_is_named_and_the_others_work(plugin):
     assert "broken" not in plugin["names"]
     assert {"cnn", "vit", "generic"} <= set(plugin["names"])
+    assert len(plugin["warnings"]) == 1
     assert any("'broken' of hetkd-test-plugin does not load" in message for message in plugin["warnings"])
+
+
+def test_a_plugin_that_cannot_say_what_it_accepts_is_named_and_passed_over():
+    @register_adapter("test-raising")
+    class Raising(HookAdapter):
+        family = "raising"
+
+        def accepts(self, model):
+            raise KeyError("oops")
+
+        def stage_names(self, model, images):
+            return []
+
+    try:
+        with pytest.warns(RuntimeWarning, match="'test-raising' fails to say whether it accepts ResNet"):
+            assert find_adapter(tiny_cnn()).family == "CNN"
+    finally:
+        adapters._items.pop("test-raising")
 
 
 def test_of_two_adapters_that_accept_a_model_the_higher_priority_wins_then_the_first_name():

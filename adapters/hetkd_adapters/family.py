@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hetkd.adapter import first_tensor
+from hetkd.adapter import first_tensor, tapped
 from hetkd.grid import tokens_to_map
 from hetkd_adapters.generic import GenericAdapter
 from hetkd_adapters.libraries import is_tappable_timm, library
@@ -55,7 +55,10 @@ class FamilyAdapter(GenericAdapter):
         if layout is None or layout.stages is None:
             return super().stage_names(model, images)
         pattern = re.compile(rf"(?:.*\.)?(?:{layout.stages})")
-        return [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+        listed = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+        with tapped(model, listed) as outputs:
+            self.call(model, images)
+        return [name for name in outputs.finished if not outputs.is_overwritten(name)]
 
     def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
         """Drops prefix tokens and turns tokens and NHWC around."""
@@ -78,5 +81,5 @@ class FamilyAdapter(GenericAdapter):
         if home == "torchvision":
             return self.torchvision.get(type(model).__name__)
         if home == "transformers":
-            return self.transformers.get(getattr(model.config, "model_type", ""))
+            return self.transformers.get(getattr(getattr(model, "config", None), "model_type", ""))
         return None

@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, HookAdapter, NoSpatialFeatures, first_tensor, tapped
+from hetkd.adapter import Features, HookAdapter, NoSpatialFeatures, Outputs, find_tensor, first_tensor, tapped
 from hetkd.grid import tokens_to_map, windows_to_map
 from hetkd_adapters.libraries import is_tappable_timm, run_timm, timm_stage_names
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
 _WITHOUT_SPATIAL_FEATURES = {
     "imagegpt": "it takes the indices of colours instead of images",
     "perceiver": "its latent vectors have no place in the image",
@@ -22,8 +23,8 @@ class GenericAdapter(HookAdapter):
     """Taps models that no family knows.
 
     timm models are tapped by ``forward_intermediates``. In others, the blocks of the outermost
-    ``nn.Sequential`` and ``nn.ModuleList`` containers, and modules beside them, are stages if
-    their output is spatial: NCHW, NHWC, or tokens that form a grid of the image's aspect ratio.
+    ``nn.Sequential`` and ``nn.ModuleList`` containers, the modules beside them and those around them are stages if
+    their output is spatial: NCHW, NHWC, or tokens ``[B, N, C]`` that form a grid of the image's aspect ratio.
     """
 
     family = "other"
@@ -40,9 +41,9 @@ class GenericAdapter(HookAdapter):
         if _model_type(model) in _WITHOUT_SPATIAL_FEATURES:
             reason = _WITHOUT_SPATIAL_FEATURES[_model_type(model)]
             raise NoSpatialFeatures(f"{type(model).__name__} has no spatial features: {reason}")
-        with tapped(model, [path for path, _ in _blocks(model, "")]) as outputs:
+        with tapped(model, list(_blocks(model))) as outputs:
             self.call(model, images)
-        names = [name for name, output in outputs.finished.items() if self._is_spatial(output, model, images)]
+        names = [name for name in _distinct(outputs) if self._is_spatial(outputs.of(name), model, images)]
         if not names:
             raise NoSpatialFeatures(
                 f"{type(model).__name__} has no spatial features: no block yields a feature map larger than 1 x 1 "
@@ -62,14 +63,14 @@ class GenericAdapter(HookAdapter):
         own = getattr(getattr(config, "vision_config", config), "image_size", None)
         own = (own, own) if isinstance(own, int) else own
         if own is None or tuple(own) == images.shape[2:] or not _takes(model, "interpolate_pos_encoding"):
-            return model(images)
+            return super().call(model, images)
         return model(images, interpolate_pos_encoding=True)
 
     def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
         """Turns NHWC (told by the image's aspect ratio), tokens and windows of tokens into ``[B, C, h, w]``."""
         x = first_tensor(output)
         height, width = images.shape[-2:]
-        if x.ndim == 3:
+        if x.ndim == 3 and x.shape[2] > 1:
             if len(x) != len(images):
                 return windows_to_map(x, len(images), (height, width))
             return tokens_to_map(x, (height, width))
@@ -97,14 +98,33 @@ def _has_aspect(grid: Sequence[int], aspect: float) -> bool:
     return abs(grid[0] - grid[1] * aspect) <= max(1, aspect)
 
 
-def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the modules that may be stages: elements of containers, and what stands beside containers."""
+def _distinct(outputs: Outputs) -> list[str]:
+    """Names the modules whose outputs stayed as they were, and were not returned by a module inside them too."""
+    names: list[str] = []
+    seen: list[Tensor] = []
+    for name, output in outputs.finished.items():
+        tensor = find_tensor(output)
+        if tensor is None or outputs.is_overwritten(name) or any(tensor is other for other in seen):
+            continue
+        names.append(name)
+        seen.append(tensor)
+    return names
+
+
+def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Yields the paths of what may be a stage: elements of containers, and what stands beside and around containers.
+
+    A module is taken as a whole if its containers hold single layers only, as the branches of a residual block do.
+    """
+    inside_container = bool(prefix) and isinstance(module, _CONTAINERS)
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        inside = [m for m in child.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)) and m is not child]
-        is_container = isinstance(child, (nn.Sequential, nn.ModuleList))
-        in_container = isinstance(module, (nn.Sequential, nn.ModuleList))
-        if is_container or (inside and not in_container):
+        if isinstance(child, _CONTAINERS) or (_has_blocks(child) and not inside_container):
             yield from _blocks(child, f"{path}.")
-        else:
-            yield path, child
+        if not isinstance(child, _CONTAINERS):
+            yield path
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    containers = (inner for inner in module.modules() if isinstance(inner, _CONTAINERS))
+    return any(next(element.children(), None) is not None for container in containers for element in container)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hetkd.adapter import Features, find_classifier, output_logits, tapped
@@ -20,20 +21,26 @@ def library(model: nn.Module) -> str | None:
 
 
 def is_tappable_timm(model: nn.Module) -> bool:
-    """Says whether a model has timm's interface for intermediate features."""
-    return library(model) == "timm" and hasattr(model, "forward_intermediates") and hasattr(model, "feature_info")
+    """Says whether timm's interface for intermediate features does what calling the model does.
+
+    It does not in a subclass with a ``forward`` of its own, or if the model has hooks.
+    """
+    if not (hasattr(model, "forward_intermediates") and hasattr(model, "feature_info")):
+        return False
+    is_own = not type(model).forward.__module__.startswith("timm.")
+    return library(model) == "timm" and not (is_own or model._forward_hooks or model._forward_pre_hooks)
 
 
 def timm_stage_names(model: Any, images: Tensor) -> list[str]:
     """Lists timm's features and, where the map before pooling is none of them, the module that yields it.
 
     In EfficientNet and MobileNetV2, for example, a 1 x 1 convolution and a norm stand between the
-    last block and pooling.
+    last block and pooling, in ResNetV2 a norm. Token and NHWC models end with their last block.
     """
     names = _feature_names(model)
     with tapped(model, [path for path, _ in model.named_modules() if path]) as outputs:
         final, maps = model.forward_intermediates(images)
-    if isinstance(final, Tensor) and final.ndim == 4 and maps[-1].shape[1] not in (final.shape[1], final.shape[3]):
+    if isinstance(final, Tensor) and final.ndim == 4 and _is_another_map(final, maps[-1]):
         names += [path for path, output in outputs.finished.items() if output is final][-1:]
     return names
 
@@ -69,6 +76,12 @@ def run_timm(
     return Features(output_logits(output), ordered, outputs.classifier_input)
 
 
+def _is_another_map(final: Tensor, last: Tensor) -> bool:
+    if final.shape == last.shape:
+        return not torch.equal(final, last)
+    return final.shape[3] != last.shape[1]  # else it is the last map in NHWC
+
+
 def _feature_names(model: Any) -> list[str]:
     """Returns the module paths of timm's features, in the order of their indices.
 
@@ -78,7 +91,7 @@ def _feature_names(model: Any) -> list[str]:
     seen: Counter[str] = Counter()
     names = []
     for info in model.feature_info:
-        path = info["module"]
+        path = info["module"] or "stem"  # TResNet names none for its stem
         seen[path] += 1
         names.append(path if seen[path] == 1 else f"{path}#{seen[path]}")
     return names

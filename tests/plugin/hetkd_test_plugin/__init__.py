@@ -2,9 +2,10 @@
 
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 
-from hetkd import HookAdapter
+from hetkd import HookAdapter, register_adapter
 
 
+@register_adapter("convnext-blocks")  # beside the entry point, as people do
 class ConvNeXtBlocks(HookAdapter):
     family = "ConvNeXt by blocks"
 
