@@ -72,7 +72,8 @@ def _preprocessing(model: Any) -> tuple[Settings, int | Sequence[int]]:
     if hasattr(getattr(model, "config", None), "model_type"):
         return _of_hugging_face(model.config)
     settings: Settings = getattr(model, "input_settings", {})  # of hetkd.load_model("torchvision:...")
-    return settings, getattr(model, "image_size", settings.get("size", 224))
+    size: Any = getattr(model, "image_size", None) or settings.get("size", 224)
+    return settings, size
 
 
 def _of_timm(model: Any) -> tuple[Settings, Sequence[int]]:

@@ -103,7 +103,7 @@ def _resolve(
         ("student stage", choice[1], student, [pair.student for pair in automatic]),
     )
     resolved = [
-        rows[_row(name, len(rows))] if type(name) is int else find_stage(what, name, stages)
+        rows[_row(name, len(rows))] if type(name) is int else find_stage(what, str(name), stages)
         for what, name, stages, rows in sides
     ]
     return StagePair(resolved[0], resolved[1])
