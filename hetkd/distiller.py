@@ -114,8 +114,6 @@ class Distiller(nn.Module):
             raise TypeError(f"student must be a string or an nn.Module, got {student!r}.")
         if tap is not None and tapped_module(student) is tap.model:
             raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
-        if not any(parameter.requires_grad for parameter in student.parameters()):
-            raise ValueError("all parameters of the student are frozen: call student.requires_grad_(True).")
         self.student = unwrap(student)
         self.normalized = normalized is not None
         # A tap is no nn.Module: the teacher is in no parameters(), state_dict() or DDP bucket.

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification, BitImageProcessor, ViT
 
 import hetkd
 from hetkd import SFKD, Distiller, load_model
+from hetkd.adapter import find_classifier
 from hetkd.inputs import InputTransform, input_spec
 
 NAMES = [
@@ -51,6 +52,7 @@ def check_step(distiller: Distiller, images, labels, terms_at_least: int) -> Non
 
 def pair_steps(teacher: str, student: str, sizes) -> None:
     teacher_model = load_model(teacher, pretrained=False)
+    torch.nn.init.normal_(find_classifier(teacher_model).weight)  # timm starts some heads at zero, which teach nothing
     for method, size in itertools.product(METHODS, sizes):
         torch.manual_seed(0)
         distiller = Distiller(teacher_model, student, method)

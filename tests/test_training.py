@@ -210,3 +210,12 @@ def test_last_student_survives_a_half_written_file(tmp_path):
     distiller.fit(bright_or_dark(16), epochs=1, output_dir=tmp_path, **QUIET)
     assert not list(tmp_path.rglob("*.tmp"))
     load_model("test_resnet", num_classes=10, weights=tmp_path / "last.safetensors")
+
+
+def test_a_frozen_student_is_refused_by_fit_and_can_be_evaluated():
+    student = tiny_cnn().requires_grad_(False)
+    d = Distiller(tiny_vit(), student, "kd", input_size=32)
+    data = batch(8, 32)
+    assert 0 <= d.evaluate(data)["top1"] <= 100
+    with pytest.raises(ValueError, match=r"frozen: call student.requires_grad_\(True\)"):
+        d.fit(data, epochs=1, batch_size=4)

@@ -67,6 +67,8 @@ def fit(
     checked = TrainingOptions.from_mapping(options)
     if not (isinstance(epochs, int) and epochs >= 1):
         raise ValueError(f"epochs={epochs!r} must be a whole number of at least 1.")
+    if not any(parameter.requires_grad for parameter in distiller.student.parameters()):
+        raise ValueError("all parameters of the student are frozen: call student.requires_grad_(True).")
     if resume and output_dir is None:
         raise ValueError("resume=True needs the output_dir of the run to go on with.")
     if checked.warmup_epochs > epochs:
