@@ -1,6 +1,6 @@
 """Trains the small ViT teacher of the quickstart on the whole of Fashion-MNIST, and writes its weights.
 
-    python recipes/train_teacher.py                      # about an hour and a half on two cores
+    python recipes/train_teacher.py                      # some hours on two cores
     python recipes/train_teacher.py --resume             # goes on after the last whole epoch
 
 In three runs: the ViT alone, then a ResNet, which learns such small images better, then the ViT again
