@@ -1,7 +1,7 @@
 """What hetkd costs, as ratios measured side by side in one run.
 
     python recipes/bench.py                         # the tap against a plain forward
-    python recipes/bench.py --json tap.json
+    python recipes/bench.py --models timm:resnet18 --repeats 60 --json tap.json
 
 Plain and tapped forward passes of one model take turns; the figures are medians of their times,
 the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
@@ -25,21 +25,22 @@ from hetkd import load_model
 from hetkd.adapter import find_adapter, probe
 from hetkd.plan import choose_stages
 
-MODELS = {
-    "timm:resnet18": 224,
-    "timm:vit_small_patch16_224": 224,
-    "timm:swin_tiny_patch4_window7_224": 224,
-    "timm:mixer_s32_224": 224,
-    "torchvision:mobilenet_v2": 224,
-    "torchvision:vit_b_32": 224,
-}
+PIXELS = 224
+MODELS = [
+    "timm:resnet18",
+    "timm:vit_small_patch16_224",
+    "timm:swin_tiny_patch4_window7_224",
+    "timm:mixer_s32_224",
+    "torchvision:mobilenet_v2",
+    "torchvision:vit_b_32",
+]
 
 
 def main() -> None:
     """Measures, prints a table, and writes the rows."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [bench_tap(name, pixels, device, arguments) for name, pixels in MODELS.items()]
+    rows = [bench_tap(name, device, arguments) for name in arguments.models]
     table = Table(title=f"tapped against plain forward, {device}, batch {arguments.batch_size}")
     for column in rows[0]:
         table.add_column(column, no_wrap=True)
@@ -50,10 +51,10 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=2))
 
 
-def bench_tap(name: str, pixels: int, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_tap(name: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
     """Compares a model's forward with and without the tap at its four stages."""
     model = load_model(name, pretrained=False).eval().to(device)
-    images = torch.rand(arguments.batch_size, 3, pixels, pixels, device=device)
+    images = torch.rand(arguments.batch_size, 3, PIXELS, PIXELS, device=device)
     adapter = find_adapter(model)
     stages = [stage.name for stage in choose_stages(probe(adapter, model, images[:1])[0])]
 
@@ -113,6 +114,7 @@ def peak_memory(function: Callable[[], Any], model: nn.Module, images: Tensor) -
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"models that take {PIXELS} px")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, metavar="FILE")
