@@ -10,21 +10,54 @@ distiller.save_student("resnet18.safetensors")
 
 from hetkd.adapter import Adapter, Features, HookAdapter, Stage, StagePair, list_adapters, register_adapter
 from hetkd.distiller import Distiller, DistillerOutput
-from hetkd.methods import CE, KD, SFKD, UHKD, FeatureMethod, Method, list_methods, register_method
+from hetkd.methods import (
+    AT,
+    CC,
+    CE,
+    CRD,
+    DIST,
+    DKD,
+    KD,
+    OFA,
+    RKD,
+    RSD,
+    SFKD,
+    UHKD,
+    Combined,
+    DeiT,
+    FeatureMethod,
+    FitNet,
+    Method,
+    PooledMethod,
+    list_methods,
+    register_method,
+)
 from hetkd.models import list_models, load_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AT",
     "Adapter",
+    "CC",
     "CE",
+    "CRD",
+    "Combined",
+    "DIST",
+    "DKD",
+    "DeiT",
     "Distiller",
     "DistillerOutput",
     "FeatureMethod",
     "Features",
+    "FitNet",
     "HookAdapter",
     "KD",
     "Method",
+    "OFA",
+    "PooledMethod",
+    "RKD",
+    "RSD",
     "SFKD",
     "Stage",
     "StagePair",

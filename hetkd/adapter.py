@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,14 @@ class Features:
         maps: Feature maps ``[B, C, h, w]`` of the requested stages, in their order, at native
             grids, without prefix tokens.
         pooled: ``[B, C]``, the vector that the classifier sees, or ``None`` if there is none.
+        distillation_logits: ``[B, classes]`` of the second classifier of a student with a distillation
+            token that is in training (DeiT, arXiv 2012.12877); ``None`` elsewhere.
     """
 
     logits: Tensor | None
     maps: tuple[Tensor, ...]
     pooled: Tensor | None = None
+    distillation_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,9 @@ class HookAdapter(Adapter):
         with tapped(model, stages) as outputs:
             output = self.call(model, images)
         maps = tuple(self.to_map(outputs.of(name), model, images) for name in stages)
-        logits = output_logits(output)
+        logits, distillation_logits = output_logits(output), distillation_token_logits(model, output)
         pooled = getattr(output, "pooler_output", None) if logits is None else outputs.classifier_input
-        return Features(logits, maps, pooled)
+        return Features(logits, maps, pooled, distillation_logits)
 
 
 class Outputs:
@@ -237,7 +240,10 @@ def find_tensor(output: Any) -> Tensor | None:
 
 
 def output_logits(output: Any) -> Tensor | None:
-    """Returns the logits ``[B, classes]`` in a model's output, or ``None`` if it has none."""
+    """Returns the logits ``[B, classes]`` in a model's output, or ``None`` if it has none.
+
+    Of several classifiers it takes the first, or their average where the model makes one.
+    """
     if isinstance(output, Mapping):
         logits = output.get("logits")
     elif hasattr(output, "logits"):
@@ -245,6 +251,19 @@ def output_logits(output: Any) -> Tensor | None:
     else:
         logits = output[0] if isinstance(output, (tuple, list)) and output else output
     return logits if isinstance(logits, Tensor) and logits.ndim == 2 else None
+
+
+def distillation_token_logits(model: nn.Module, output: Any) -> Tensor | None:
+    """Returns what the second classifier of a model with a distillation token says in training, or ``None``.
+
+    In evaluation such models average both classifiers into one.
+    """
+    if not model.training:
+        return None
+    if getattr(model, "distilled_training", False) and isinstance(output, tuple):  # timm's
+        logits = output[1]
+        return logits if isinstance(logits, Tensor) else None
+    return getattr(output, "distillation_logits", None)  # Hugging Face's
 
 
 def find_classifier(model: Any) -> nn.Module | None:
@@ -350,16 +369,23 @@ class NoSpatialFeatures(ValueError):
     """A model yields no feature map anywhere; it can only be distilled by its logits."""
 
 
-def count_classes(adapter: Adapter, model: nn.Module, images: Tensor) -> int | None:
-    """Runs ``model`` on a sample without stages, and returns its number of classes (``None`` without a classifier)."""
-    with eval_mode(model), torch.no_grad():
-        logits = adapter.run(model, images, []).logits
-    return None if logits is None else logits.shape[1]
+class Probe(NamedTuple):
+    """What a run on a sample says of a model.
+
+    Attributes:
+        stages: In order of depth.
+        classes: Of its classifier, or ``None`` without one.
+        pooled: Channels of the vector that the classifier sees, or ``None`` if there is none.
+    """
+
+    stages: list[Stage]
+    classes: int | None
+    pooled: int | None
 
 
 def probe(
-    adapter: Adapter, model: nn.Module, images: Tensor, extra: Sequence[str] = ()
-) -> tuple[list[Stage], int | None]:
+    adapter: Adapter, model: nn.Module, images: Tensor, extra: Sequence[str] = (), *, stages: bool = True
+) -> Probe:
     """Runs ``model`` on a sample, without gradients and in eval mode.
 
     Args:
@@ -367,23 +393,21 @@ def probe(
         model: The model.
         images: The sample.
         extra: Paths of modules that are to be stages beside those that the adapter lists.
-
-    Returns:
-        All its stages with their shapes, in order of depth, and its number of classes (``None``
-        without a classifier).
+        stages: Whether to look for stages at all.
 
     Raises:
         NoSpatialFeatures: If the adapter finds no stage.
     """
     with eval_mode(model), torch.no_grad():
-        listed = adapter.stage_names(model, images)
+        listed = adapter.stage_names(model, images) if stages else []
         added = [name for name in dict.fromkeys(extra) if name not in listed]
         paths = {path for path, _ in model.named_modules() if path}
         with tapped(model, [name for name in (*listed, *added) if name in paths]) as outputs:
             features = adapter.run(model, images, [*listed, *added])
     names = _in_order_of_depth(listed, added, list(outputs.finished))
     shapes = {name: _map_shape(name, x) for name, x in zip([*listed, *added], features.maps, strict=True)}
-    return [Stage(name, *shapes[name]) for name in names], None if features.logits is None else features.logits.shape[1]
+    classes, pooled = (None if x is None else x.shape[1] for x in (features.logits, features.pooled))
+    return Probe([Stage(name, *shapes[name]) for name in names], classes, pooled)
 
 
 def _in_order_of_depth(listed: list[str], added: list[str], finished: list[str]) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,14 @@ from hetkd.adapter import (
     Features,
     HookAdapter,
     NoSpatialFeatures,
+    Probe,
     Stage,
     StagePair,
-    count_classes,
     find_adapter,
     probe,
 )
 from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, check_labels, input_spec
-from hetkd.methods import Method, make_method
+from hetkd.methods import Combined, Method, MultiTeacher, make_method
 from hetkd.methods.feature import count_parameters
 from hetkd.models import architecture_name, copy_label_names, load_model, save_model, tapped_module, unwrap
 from hetkd.names import unknown_name
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from hetkd.training.loop import FitResult
 
 Size = int | tuple[int, int]
+POOLED = "pooled"
+"""The stage that is the vector before the classifier."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,20 @@ class Distiller(nn.Module):
 
     Args:
         teacher: ``"timm:NAME"`` (or a bare timm name), ``"hf:ORG/NAME"``, ``"torchvision:NAME"``,
-            each with pretrained weights, or any ``nn.Module``. ``None`` for ``method="ce"`` only.
+            each with pretrained weights, or any ``nn.Module``. ``None`` for ``method="ce"`` only. A list
+            of them: several teachers, each with its own input transform and a copy of the method.
         student: The same, but strings build it without pretrained weights (`hetkd.load_model` for
             anything else), with as many classes as ``num_classes`` or else the teacher.
-        method: A name of `hetkd.list_methods` or a `hetkd.Method` object.
+        method: A name of `hetkd.list_methods`, a `hetkd.Method` object, or a list of both, which
+            `hetkd.Combined` adds up.
         num_classes: Classes of a student given as a string.
         stages: Overrides the automatic pairing: rows of it (``[2, 3]``), student stages by name, or
             ``(teacher, student)`` pairs of names. Names are those of the plan, or paths of any
             modules that yield feature maps (``"layer4.1"``).
+        teacher_weights: Of several teachers, a factor for the terms of each; ``None``: equal ones, in all 1.
         input_size: Pixels, a number or ``(height, width)``, for the student; or
-            ``{"teacher": ..., "student": ...}``. Each model defaults to the size it was made for;
-            images of other sizes are resized for each model.
+            ``{"teacher": ..., "student": ...}``, with a list of sizes for several teachers. Each model defaults
+            to the size it was made for; images of other sizes are resized for each model.
         normalized: ``(mean, std)`` that the loader normalised the images with. Otherwise images
             are float in [0, 1] or uint8. Each model gets its own normalisation.
         **method_options: Options of the method, when it is given by name.
@@ -89,35 +95,37 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        teacher: str | nn.Module | None,
+        teacher: str | nn.Module | Sequence[str | nn.Module] | None,
         student: str | nn.Module,
-        method: str | Method = "sfkd",
+        method: str | Method | Sequence[str | Method] = "sfkd",
         *,
         num_classes: int | None = None,
         stages: Sequence[StageChoice] | None = None,
-        input_size: Size | Mapping[str, Size] | None = None,
+        teacher_weights: Sequence[float] | None = None,
+        input_size: Size | Mapping[str, Any] | None = None,
         normalized: Normalization | None = None,
         **method_options: Any,
     ) -> None:
         super().__init__()
-        made = make_method(method, method_options)
+        teachers: list[Any] = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+        made = _make_method(method, method_options, len(teachers), teacher_weights)
         sizes = _sizes(input_size)
-        tap = _teacher_tap(teacher, made, sizes.get("teacher"), normalized)
+        taps = _teacher_taps(teachers, made, sizes.get("teacher"), normalized)
         if isinstance(student, str):
-            classes = tap.classes if num_classes is None and tap is not None else num_classes
+            classes = taps[0].classes if num_classes is None and taps else num_classes
             student = load_model(student, pretrained=False, num_classes=classes)
-            if tap is not None:
-                copy_label_names(tap.model, student)
+            if taps:
+                copy_label_names(taps[0].model, student)
         elif num_classes is not None:
             raise ValueError("num_classes is for a student given as a string; a module keeps the classes it has.")
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a string or an nn.Module, got {student!r}.")
-        if tap is not None and tapped_module(student) is tap.model:
+        if any(tapped_module(student) is tap.model for tap in taps):
             raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
         self.student = unwrap(student)
         self.normalized = normalized is not None
         # A tap is no nn.Module: the teacher is in no parameters(), state_dict() or DDP bucket.
-        self._teacher = tap if made.uses_teacher else None
+        self._teachers = taps if made.uses_teacher else []
         self._student = Tap("student", student, sizes.get("student"), normalized)
         self.student_inputs = self._student.inputs
         self.method = made
@@ -127,65 +135,98 @@ class Distiller(nn.Module):
         self.to(self._student.device)  # what was made here follows models that were on their device before
 
     def _bind(self, stages: Sequence[StageChoice] | None) -> None:
-        teacher, student, method = self._teacher, self._student, self.method
+        student, method = self._student, self.method
+        if student.classes is None and (method.uses_student_logits or method.uses_teacher_logits):
+            raise ValueError("the student has no classifier: give it one with num_classes=...")
         student.add_stages(chosen_names(stages, 1))
-        if teacher is not None:
-            teacher.add_stages(chosen_names(stages, 0))
-        if teacher is not None and teacher.spec.channels != student.spec.channels:
+        method.classes = student.classes
+        parts = method.methods if isinstance(method, MultiTeacher) else [method]
+        pairs = [self._pair_with(tap, part, stages) for tap, part in zip(self._teachers, parts, strict=False)] or [[]]
+        method.bind(*pairs)
+        student.select([pair.student.name for pair in method.pairs or ()])
+        for tap, part in zip(self._teachers, parts, strict=False):
+            tap.select(part.teacher_stages())
+        train_both_classifiers: Any = getattr(student.model, "set_distilled_training", None)
+        if method.uses_distillation_token and callable(train_both_classifiers):
+            train_both_classifiers(True)  # timm's: both classifiers answer in training
+
+    def _pair_with(self, teacher: Tap, method: Any, stages: Sequence[StageChoice] | None) -> list[StagePair]:
+        """Chooses the stage pairs of one teacher."""
+        student = self._student
+        if teacher.spec.channels != student.spec.channels:
             raise ValueError(
-                f"the teacher takes images of {teacher.spec.channels} channels and the student of "
+                f"the {teacher.role} takes images of {teacher.spec.channels} channels and the student of "
                 f"{student.spec.channels}: build one of them with load_model(..., in_chans=...)."
             )
-        if student.classes is None and (method.ce_weight or method.uses_teacher_logits):
-            raise ValueError("the student has no classifier: give it one with num_classes=...")
         if method.uses_teacher_logits:
             _check_classes(teacher, student)
-        if teacher is None or not method.automatic_stages:
+        if not method.compares_features:
             if stages is not None:
                 raise ValueError(f"stages={stages!r} has no use: {type(method).__name__} compares no features.")
-            pairs: list[StagePair] = []
-        elif not (teacher.stages and student.stages):
-            reason = teacher.why_no_stages or student.why_no_stages
+            return []
+        teacher.add_stages(chosen_names(stages, 0))
+        if stages is not None:
+            return chosen_pairs(teacher.all_stages, student.all_stages, stages, (teacher.listed, student.listed))
+        pairs: list[StagePair] = method.automatic_pairs(
+            pair_stages(teacher.listed, student.listed), _pooled_pair(teacher, student)
+        )
+        if not pairs:
+            reason = teacher.why_no_stages or student.why_no_stages or "no stages fit each other"
             raise ValueError(f"{reason}, but {type(method).__name__} compares feature maps: use method='kd'.")
-        elif stages is None:
-            pairs = pair_stages(teacher.listed, student.listed)[-method.automatic_stages :]
-        else:
-            pairs = chosen_pairs(teacher.stages, student.stages, stages, (teacher.listed, student.listed))
-        method.bind(pairs)
-        student.select([pair.student.name for pair in pairs])
-        if teacher is not None:
-            teacher.select([pair.teacher.name for pair in pairs])
+        return pairs
 
     def _make_plan(self) -> Plan:
-        teacher, student, method = self._teacher, self._student, self.method
-        automatic = pair_stages(teacher.listed, student.listed) if teacher is not None else []
-        rows = [
-            PlanRow(
-                str(automatic.index(pair)) if pair in automatic else "own",
-                pair.teacher.name,
-                (pair.teacher.channels, *pair.teacher.grid),
-                pair.student.name,
-                (pair.student.channels, *pair.student.grid),
-                method.describe(index),
-                method.added_parameters(index),
+        student, method = self._student, self.method
+        rows = []
+        for index, (teacher, pair) in enumerate(zip(self._teacher_of_pair(), method.pairs or (), strict=True)):
+            automatic = pair_stages(teacher.listed, student.listed)
+            row = str(automatic.index(pair)) if pair in automatic else "own"
+            name = pair.teacher.name if len(self._teachers) == 1 else f"{teacher.role}: {pair.teacher.name}"
+            shape: tuple[int, ...] = (pair.teacher.channels, *pair.teacher.grid)
+            if pair.teacher.name not in teacher.names:  # the method learns from logits here
+                name, shape = "logits", (teacher.classes or 0,)
+            rows.append(
+                PlanRow(
+                    "pooled" if POOLED in (pair.teacher.name, pair.student.name) else row,
+                    name,
+                    shape,
+                    pair.student.name,
+                    (pair.student.channels, *pair.student.grid),
+                    method.describe(index),
+                    method.added_parameters(index),
+                )
             )
-            for index, pair in enumerate(method.pairs or ())
-        ]
-        if method.uses_teacher_logits and teacher is not None:
-            shape = (teacher.classes or 0,)
-            rows.append(PlanRow("logits", "", shape, "", (student.classes or 0,), f"KL, T = {method.temperature:g}", 0))
-        title = f"{teacher.title if teacher else 'no teacher'} -> {student.title}, method {type(method).__name__}"
+        for teacher in self._teachers if method.describes_logits else []:
+            name = "" if len(self._teachers) == 1 else teacher.role
+            classes = ((teacher.classes or 0,), (student.classes or 0,))
+            rows.append(PlanRow("logits", name, classes[0], "", classes[1], method.describe_logits(), 0))
+        teachers = " + ".join(teacher.title for teacher in self._teachers) or "no teacher"
+        title = f"{teachers} -> {student.title}, method {method.title}"
         return Plan(title, tuple(rows), count_parameters(method))
+
+    def _teacher_of_pair(self) -> list[Tap]:
+        if not isinstance(self.method, MultiTeacher):
+            return self._teachers[:1] * len(self.method.pairs or ())
+        counts = self.method.pair_counts
+        return [tap for tap, count in zip(self._teachers, counts, strict=True) for _ in range(count)]
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The teacher module, frozen and in eval mode."""
-        return None if self._teacher is None else self._teacher.model
+        """The teacher module, frozen and in eval mode; of several the first, ``None`` without one."""
+        return self._teachers[0].model if self._teachers else None
+
+    @property
+    def teachers(self) -> list[nn.Module]:
+        """All teacher modules."""
+        return [tap.model for tap in self._teachers]
 
     @property
     def taps(self) -> dict[str, Tap]:
-        """How ``"teacher"`` (if the method has one) and ``"student"`` are run: adapter, stages, input transform."""
-        return {tap.role: tap for tap in (self._teacher, self._student) if tap is not None}
+        """How ``"teacher"`` (if the method has one) and ``"student"`` are run: adapter, stages, input transform.
+
+        Several teachers are ``"teacher0"``, ``"teacher1"`` and so on.
+        """
+        return {tap.role: tap for tap in (*self._teachers, self._student)}
 
     @property
     def classes(self) -> int | None:
@@ -195,7 +236,7 @@ class Distiller(nn.Module):
     @property
     def loading_size(self) -> tuple[int, int]:
         """Height and width that training images need so that neither model sees them enlarged."""
-        sizes = [tap.size for tap in (self._teacher, self._student) if tap is not None]
+        sizes = [tap.size for tap in self.taps.values()]
         return max(size[0] for size in sizes), max(size[1] for size in sizes)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> DistillerOutput:
@@ -213,10 +254,10 @@ class Distiller(nn.Module):
         self._check(images, labels)
         targets: dict[str, Tensor] = {}
         teacher_logits = None
-        if self._teacher is not None:
+        if self._teachers:
             with torch.no_grad():
-                features = self._teacher.run(images)
-                targets, teacher_logits = self.method.encode(features), features.logits
+                features = [teacher.run(images) for teacher in self._teachers]
+                targets, teacher_logits = self.method.encode(*features), _joint_logits(features)
         student = self._student.run(images)
         terms = self.method(student, targets, labels)
         if not terms:
@@ -314,8 +355,9 @@ class Distiller(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.method.parameters()):
             self.method.float()  # methods compute in float32 whatever the student's dtype
-        if self._teacher is not None and self._student.device.type != "meta":
-            self._teacher.to(self._student.device)
+        if self._student.device.type != "meta":
+            for teacher in self._teachers:
+                teacher.to(self._student.device)
         return self
 
 
@@ -328,12 +370,12 @@ class Tap:
         self.spec: InputSpec = input_spec(self.model)
         self.size = _as_size(size) if size is not None else self.spec.size
         self.why_no_stages = ""
-        self.stages, self.classes = self._dry_run()
+        self.stages, self.classes, self.pooled = self._dry_run()
         self.listed = self.stages  # of the adapter, without those that the user adds
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names: list[str] = []
 
-    def _dry_run(self) -> tuple[list[Stage], int | None]:
+    def _dry_run(self) -> Probe:
         """Finds the stages, and the channels of the images where the model's first layer does not tell."""
         refusals: list[Exception] = []
         for channels in dict.fromkeys((self.spec.channels, 3, 1)):
@@ -351,12 +393,12 @@ class Tap:
             f"set input_size={{'{self.role}': ...}}."
         ) from refusals[0]
 
-    def _probe(self, sample: Tensor) -> tuple[list[Stage], int | None]:
+    def _probe(self, sample: Tensor) -> Probe:
         try:
             return probe(self.adapter, self.model, sample)
         except NoSpatialFeatures as error:  # which a method on logits does not need
             self.why_no_stages = str(error)
-            return [], count_classes(self.adapter, self.model, sample)
+            return probe(self.adapter, self.model, sample, stages=False)
 
     def add_stages(self, names: Sequence[str]) -> None:
         """Makes modules of these paths stages too.
@@ -368,19 +410,29 @@ class Tap:
         paths = (
             [path for path, _ in self.model.named_modules() if path] if isinstance(self.adapter, HookAdapter) else []
         )
-        added = [name for name in names if name not in listed]
+        added = [name for name in names if name not in (*listed, POOLED)]
         for name in added:
             if name not in paths:
-                raise unknown_name(f"{self.role} stage", name, {*listed, *paths})
+                raise unknown_name(f"{self.role} stage", name, {*listed, *paths, POOLED})
         if not added:
             return
         try:
-            self.stages, _ = probe(self.adapter, self.model, self._sample(self.spec.channels), added)
+            self.stages, _, _ = probe(self.adapter, self.model, self._sample(self.spec.channels), added)
             self.listed = [stage for stage in self.stages if stage.name in listed]
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"stages has {added} of the {self.role}, where no feature map comes out: {error}"
             ) from error
+
+    @property
+    def vector(self) -> Stage | None:
+        """The vector before the classifier, as a stage of one pixel; ``None`` if there is none."""
+        return None if self.pooled is None else Stage(POOLED, self.pooled, 1, 1)
+
+    @property
+    def all_stages(self) -> list[Stage]:
+        """Every stage that can be chosen by name."""
+        return [*self.stages, *([] if self.vector is None else [self.vector])]
 
     def _sample(self, channels: int) -> Tensor:
         # Three different images, so that a batch axis cannot be taken for anything else.
@@ -395,7 +447,7 @@ class Tap:
     def select(self, names: list[str]) -> None:
         """Sets the stages to tap; a stage may occur twice."""
         self.names = names
-        self._distinct = list(dict.fromkeys(names))
+        self._distinct = [name for name in dict.fromkeys(names) if name != POOLED]
 
     @property
     def device(self) -> torch.device:
@@ -418,7 +470,11 @@ class Tap:
                 f"{self._distinct} of the {self.role}."
             )
         maps = dict(zip(self._distinct, features.maps, strict=True))
-        return Features(features.logits, tuple(maps[name] for name in self.names), features.pooled)
+        if POOLED in self.names:
+            if features.pooled is None:
+                raise RuntimeError(f"the {self.role} {type(self.model).__name__} did not yield its pooled vector.")
+            maps[POOLED] = features.pooled[:, :, None, None]
+        return replace(features, maps=tuple(maps[name] for name in self.names))
 
     def to(self, device: torch.device) -> None:
         """Moves model and input transform; the dtype stays."""
@@ -426,34 +482,73 @@ class Tap:
         self.inputs.to(device)
 
 
-def _teacher_tap(
-    teacher: str | nn.Module | None, method: Method, size: Size | None, normalized: Normalization | None
-) -> Tap | None:
-    if teacher is None and not method.uses_teacher:
-        return None
-    if teacher is None:
+def _make_method(
+    method: str | Method | Sequence[str | Method],
+    options: dict[str, Any],
+    teachers: int,
+    teacher_weights: Sequence[float] | None,
+) -> Method:
+    if isinstance(method, (list, tuple)):
+        if options:
+            raise TypeError(f"options {sorted(options)} belong in the method objects of the list: SFKD(...).")
+        method = Combined(method)
+    made = make_method(method, options)  # type: ignore[arg-type]
+    if teachers != 1:
+        return MultiTeacher([copy.deepcopy(made) for _ in range(teachers)], teacher_weights)
+    if teacher_weights is not None:
+        raise ValueError(f"teacher_weights={tuple(teacher_weights)} is for a list of several teachers.")
+    return made
+
+
+def _teacher_taps(
+    teachers: Sequence[str | nn.Module | None], method: Method, size: Any, normalized: Normalization | None
+) -> list[Tap]:
+    if teachers == [None] and not method.uses_teacher:
+        return []
+    if None in teachers:
         raise ValueError(f"teacher=None, but {type(method).__name__} needs one; only method='ce' does without.")
-    model = load_model(teacher) if isinstance(teacher, str) else teacher
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"teacher must be a string or an nn.Module, got {teacher!r}.")
-    model.requires_grad_(False)
-    return Tap("teacher", model.eval(), size, normalized)
+    sizes = list(size) if len(teachers) > 1 and isinstance(size, list) else [size] * len(teachers)
+    if len(sizes) != len(teachers):
+        raise ValueError(f"input_size has {len(sizes)} sizes for {len(teachers)} teachers.")
+    taps = []
+    for number, teacher in enumerate(teachers):
+        model = load_model(teacher) if isinstance(teacher, str) else teacher
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"teacher must be a string or an nn.Module, got {teacher!r}.")
+        model.requires_grad_(False)
+        role = "teacher" if len(teachers) == 1 else f"teacher{number}"
+        taps.append(Tap(role, model.eval(), sizes[number], normalized))
+    return taps
 
 
-def _check_classes(teacher: Tap | None, student: Tap) -> None:
-    if teacher is None or teacher.classes is None:
+def _pooled_pair(teacher: Tap, student: Tap) -> StagePair | None:
+    """Returns the vectors before both classifiers; of a model without a classifier or pooling the last map."""
+    ends = [tap.vector or (tap.listed[-1] if tap.listed else None) for tap in (teacher, student)]
+    return None if ends[0] is None or ends[1] is None else StagePair(ends[0], ends[1])
+
+
+def _joint_logits(features: Sequence[Features]) -> Tensor | None:
+    """Returns the teacher's logits; of several the logarithm of their mean probabilities."""
+    logits = [of_teacher.logits for of_teacher in features if of_teacher.logits is not None]
+    if len(logits) < len(features) or len({x.shape for x in logits}) > 1:
+        return None
+    return logits[0] if len(logits) == 1 else torch.stack([x.softmax(1) for x in logits]).mean(0).log()
+
+
+def _check_classes(teacher: Tap, student: Tap) -> None:
+    if teacher.classes is None:
         raise ValueError(
-            "the teacher has no classifier, but the method compares logits: use a teacher with one, or a feature "
-            "method with kd_weight=0."
+            f"the {teacher.role} has no classifier, but the method compares logits: use a teacher with one, or a "
+            "feature method with kd_weight=0."
         )
     if teacher.classes != student.classes:
         raise ValueError(
-            f"the teacher has {teacher.classes} classes and the student {student.classes}, but the method compares "
-            "logits: give both the same number of classes, or use a feature method with kd_weight=0."
+            f"the {teacher.role} has {teacher.classes} classes and the student {student.classes}, but the method "
+            "compares logits: give both the same number of classes, or use a feature method with kd_weight=0."
         )
 
 
-def _sizes(input_size: Size | Mapping[str, Size] | None) -> dict[str, Size]:
+def _sizes(input_size: Size | Mapping[str, Any] | None) -> dict[str, Any]:
     if input_size is None:
         return {}
     if isinstance(input_size, Mapping):

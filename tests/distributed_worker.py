@@ -19,6 +19,9 @@ CASES = {
     "sfkd, infonce": ("sfkd", {"loss": "infonce"}),
     "sfkd, pca and mse": ("sfkd", {"width": 8, "reduction": "pca", "loss": "mse"}),
     "uhkd": ("uhkd", {}),
+    "dist": ("dist", {}),
+    "crd": ("crd", {"negatives": 16}),
+    "ce and kd and crd": (["dkd", "crd"], {}),
 }
 
 

@@ -64,7 +64,7 @@ def check_tap(model: nn.Module, family: str, pixels: int, grids: list[int], expe
     adapter = find_adapter(model)
     assert adapter.family == family
     x = torch.randn(2, 3, pixels, pixels)
-    stages, classes = probe(adapter, model, x[:1])
+    stages, classes, _ = probe(adapter, model, x[:1])
     chosen = choose_stages(stages)
     assert [stage.grid for stage in chosen] == [(grid, grid) for grid in grids]
     stem = next(module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
@@ -219,7 +219,7 @@ def test_generic_finds_stages_of_any_layout(model, grids):
     model.eval()
     adapter = find_adapter(model)
     x = torch.randn(2, 3, 32, 48)
-    stages, classes = probe(adapter, model, x)
+    stages, classes, _ = probe(adapter, model, x)
     assert adapter.family == "other"
     assert classes == 10
     assert [stage.grid for stage in choose_stages(stages)] == grids
@@ -251,7 +251,7 @@ def test_generic_takes_blocks_not_their_branches():
     assert [stage.name for stage in d.taps["student"].stages] == ["b1", "b2", "b3"]
     assert d.classes == 10
     googlenet = load_model("torchvision:googlenet", pretrained=False, num_classes=10, init_weights=False)
-    stages, _ = probe(find_adapter(googlenet), googlenet, torch.rand(2, 3, 64, 64))
+    stages, _, _ = probe(find_adapter(googlenet), googlenet, torch.rand(2, 3, 64, 64))
     assert [(s.name, s.channels) for s in choose_stages(stages)][1:] == [
         ("inception3b", 480),
         ("inception4e", 832),
@@ -307,7 +307,7 @@ def test_a_timm_subclass_with_a_forward_of_its_own_runs_it():
     x = torch.rand(2, 3, 64, 64)
     plain = model(x)
     model.__class__ = Tripled
-    stages, _ = probe(find_adapter(model), model, x)
+    stages, _, _ = probe(find_adapter(model), model, x)
     assert torch.equal(find_adapter(model).run(model, x, [stages[-1].name]).logits, 3 * plain)
 
 
@@ -334,7 +334,7 @@ def test_naming_a_module_leaves_rows_and_depths_as_they_were():
 def test_timm_model_of_no_family_is_tapped_generically():
     model = tiny_cnn().eval()
     generic = adapters["generic"]()
-    stages, classes = probe(generic, model, torch.randn(1, 3, 64, 64))
+    stages, classes, _ = probe(generic, model, torch.randn(1, 3, 64, 64))
     assert classes == 10
     assert [stage.height for stage in choose_stages(stages)] == [16, 8, 4, 2]
 
@@ -347,7 +347,7 @@ def test_the_last_stage_is_the_map_before_pooling(name, pixels):
     model = timm_model(name, pixels)
     x = torch.randn(2, 3, pixels, pixels)
     adapter = find_adapter(model)
-    stages, _ = probe(adapter, model, x)
+    stages, _, _ = probe(adapter, model, x)
     features = adapter.run(model, x, [stages[-1].name])
     torch.testing.assert_close(features.maps[0].mean((2, 3)), features.pooled)
 
@@ -381,7 +381,7 @@ def test_stages_of_both_sides_by_module_path():
 
 def test_a_stage_by_module_path_stands_where_it_runs():
     model = timm.create_model("resnet18", num_classes=10).eval()
-    stages, _ = probe(find_adapter(model), model, torch.rand(1, 3, 64, 64), ["layer4.0", "layer1.0", "maxpool"])
+    stages, _, _ = probe(find_adapter(model), model, torch.rand(1, 3, 64, 64), ["layer4.0", "layer1.0", "maxpool"])
     names = [stage.name for stage in stages]
     assert names == ["act1", "maxpool", "layer1.0", "layer1", "layer2", "layer3", "layer4.0", "layer4"]
 

@@ -22,20 +22,29 @@ MethodClass = TypeVar("MethodClass", bound=type["Method"])
 class Method(nn.Module, ABC):
     """A distillation method: teacher features to targets, student features and targets to loss terms.
 
-    The base computes cross-entropy with the labels and KL divergence to the teacher's logits;
-    a feature method adds `feature_terms` and, in `bind`, the parameters that these need.
+    The base computes cross-entropy with the labels and KL divergence to the teacher's logits. A
+    method on logits overrides `logit_loss`; a feature method adds `feature_terms` and, in `bind`,
+    the parameters that these need.
 
     Args:
         ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of the KL divergence (Hinton et al., arXiv 1503.02531), batch mean times T^2.
-        temperature: T, for both sides of the KL divergence.
+        kd_weight: Weight of the loss on logits: the KL divergence (Hinton et al., arXiv 1503.02531),
+            batch mean times T^2, or what the method puts in its place.
+        temperature: T, for both sides of the loss on logits.
 
     Attributes:
         automatic_stages: How many stage pairs, counted from the last, the method works on when
             the user names none.
+        uses_teacher_maps: Whether it looks at the teacher's maps at these stages.
+        uses_distillation_token: Whether a student with a distillation token trains its classifier on it.
+        logit_term: The name of the loss on logits among the terms.
+        classes: Of the student, or ``None`` without a classifier; known before `bind`.
     """
 
     automatic_stages: ClassVar[int] = 0
+    uses_teacher_maps: bool = True
+    uses_distillation_token: bool = False
+    logit_term: ClassVar[str] = "kd"
 
     def __init__(self, *, ce_weight: float = 1.0, kd_weight: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
@@ -43,16 +52,37 @@ class Method(nn.Module, ABC):
         self.kd_weight = not_negative("kd_weight", kd_weight)
         self.temperature = positive("temperature", temperature)
         self.pairs: tuple[StagePair, ...] | None = None
+        self.classes: int | None = None
 
     @property
     def uses_teacher(self) -> bool:
         """Whether the method looks at the teacher at all."""
-        return self.kd_weight > 0 or self.automatic_stages > 0
+        return self.uses_teacher_logits or self.compares_features
 
     @property
     def uses_teacher_logits(self) -> bool:
         """Whether the teacher must have a classifier over the student's classes."""
         return self.kd_weight > 0
+
+    @property
+    def uses_student_logits(self) -> bool:
+        """Whether the student must have a classifier, which then learns."""
+        return self.ce_weight > 0 or self.kd_weight > 0
+
+    @property
+    def compares_features(self) -> bool:
+        """Whether the method works on stage pairs."""
+        return self.automatic_stages > 0
+
+    @property
+    def describes_logits(self) -> bool:
+        """Whether the plan has a row for logits."""
+        return self.kd_weight > 0
+
+    @property
+    def title(self) -> str:
+        """The method as the plan names it."""
+        return type(self).__name__
 
     @property
     def needs_batch(self) -> bool:
@@ -64,7 +94,21 @@ class Method(nn.Module, ABC):
         options = {name: getattr(self, name) for name in method_options(type(self)) if hasattr(self, name)}
         return {"name": type(self).__name__, **options}
 
-    def bind(self, pairs: Sequence[StagePair]) -> None:
+    def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
+        """Returns the stage pairs to work on when the user names none.
+
+        Args:
+            pairs: The automatic pairing, in order of depth; empty where a model yields no feature map.
+            pooled: The vectors before both classifiers, as maps of one pixel (without a classifier:
+                the last map); ``None`` where a model has neither.
+        """
+        return list(pairs[-self.automatic_stages :]) if self.automatic_stages else []
+
+    def teacher_stages(self) -> list[str]:
+        """Returns the stages at which the teacher is tapped, in the order that `encode` expects."""
+        return [pair.teacher.name for pair in self.pairs or ()] if self.uses_teacher_maps else []
+
+    def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the parameters for these stage pairs. Called once, by `hetkd.Distiller`.
 
         Raises:
@@ -82,8 +126,12 @@ class Method(nn.Module, ABC):
         """Returns the number of parameters that stage pair ``index`` adds to the training."""
         return 0
 
+    def describe_logits(self) -> str:
+        """Returns what the plan says of the logits."""
+        return f"KL, T = {self.temperature:g}"
+
     @torch.no_grad()
-    def encode(self, teacher: Features) -> Targets:
+    def encode(self, teacher: Features, /) -> Targets:
         """Turns teacher features into targets, without parameters and without gradient.
 
         Args:
@@ -120,18 +168,24 @@ class Method(nn.Module, ABC):
         if labels is not None and self.ce_weight:
             terms["ce"] = self.ce_weight * F.cross_entropy(student_logits(student), labels)
         if self.kd_weight:
-            terms["kd"] = self.kd_weight * self.kl(student_logits(student), targets["logits"])
-        terms.update(self.feature_terms(student, targets))
+            terms[self.logit_term] = self.kd_weight * self.logit_loss(student, targets["logits"], labels)
+        terms.update(self.feature_terms(student, targets, labels))
         return terms
 
-    def kl(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns T^2 KL(teacher || student) at temperature T, mean over the batch."""
-        log_student = F.log_softmax(student / self.temperature, dim=1)
+    def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns the loss on logits: T^2 KL(teacher || student) at temperature T, mean over the batch.
+
+        Args:
+            student: With its logits.
+            teacher: Its logits ``[B, classes]``, float32.
+            labels: As for `forward`; the divergence does not look at them.
+        """
+        log_student = F.log_softmax(student_logits(student) / self.temperature, dim=1)
         log_teacher = F.log_softmax(teacher / self.temperature, dim=1)
         return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * self.temperature**2
 
-    def feature_terms(self, student: Features, targets: Targets) -> dict[str, Tensor]:
-        """Returns the terms that compare features; none by default."""
+    def feature_terms(self, student: Features, targets: Targets, labels: Tensor | None) -> dict[str, Tensor]:
+        """Returns the terms that compare features; none by default. Arguments as for `forward`."""
         return {}
 
 
@@ -144,6 +198,19 @@ def student_logits(student: Features) -> Tensor:
     if student.logits is None:
         raise ValueError("the student has no classifier: give it one with num_classes=...")
     return student.logits.float()
+
+
+def target_classes(labels: Tensor | None, teacher: Tensor) -> Tensor:
+    """Returns the class ``[B]`` that an image counts as, for methods that treat it apart from all others.
+
+    Args:
+        labels: Class indices, class probabilities (the likeliest class counts), or ``None``: then
+            the teacher's class stands in.
+        teacher: The teacher's logits ``[B, classes]``.
+    """
+    if labels is None:
+        return teacher.argmax(1)
+    return labels if labels.ndim == 1 else labels.argmax(1)
 
 
 def register_method(name: str) -> Callable[[MethodClass], MethodClass]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.adapter import Features, StagePair
-from hetkd.methods.base import Method, positive
+from hetkd.methods.base import Method, Targets, positive
 from hetkd.names import unknown_name
 from hetkd.spectral.precision import at_least_float32
 
@@ -21,8 +21,8 @@ class FeatureMethod(Method):
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages by ``stage_weights``.
-        stage_weights: ``None``: each stage weighs three times the one before it, in all 1.
-            A sequence: the weights as given, one a stage pair, in all as given.
+        stage_weights: ``None``: `default_stage_weights`; here each stage weighs three times the one
+            before it, in all 1. A sequence: the weights as given, one a stage pair, in all as given.
             ``"learnt"``: starting alike and learnt by uncertainty (Kendall et al., arXiv 1705.07115).
         ce_weight: See `Method`.
         kd_weight: See `Method`.
@@ -35,11 +35,11 @@ class FeatureMethod(Method):
     def __init__(
         self,
         *,
-        feature_weight: float,
-        stage_weights: Sequence[float] | str | None,
-        ce_weight: float,
-        kd_weight: float,
-        temperature: float,
+        feature_weight: float = 1.0,
+        stage_weights: Sequence[float] | str | None = None,
+        ce_weight: float = 1.0,
+        kd_weight: float = 0.0,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature)
         self.feature_weight = positive("feature_weight", feature_weight)
@@ -47,7 +47,7 @@ class FeatureMethod(Method):
             raise unknown_name("stage_weights", stage_weights, ["learnt"])
         self.stage_weights = stage_weights
 
-    def bind(self, pairs: Sequence[StagePair]) -> None:
+    def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the parameters for these stage pairs; see `Method.bind`.
 
         Raises:
@@ -66,26 +66,30 @@ class FeatureMethod(Method):
         if self.stage_weights == "learnt":
             return [1 / count] * count
         if self.stage_weights is None:
-            growing = [STAGE_RATIO**index for index in range(count)]
-            return [weight / sum(growing) for weight in growing]
+            return self.default_stage_weights(count)
         weights = [positive("stage_weights", float(weight)) for weight in self.stage_weights]
         if len(weights) != count:
             raise ValueError(f"stage_weights={tuple(weights)} has {len(weights)} entries for {count} stage pairs.")
         return weights
+
+    def default_stage_weights(self, count: int) -> list[float]:
+        """Returns the weights of ``count`` stage pairs where the user gives none."""
+        growing = [STAGE_RATIO**index for index in range(count)]
+        return [weight / sum(growing) for weight in growing]
 
     def _term_name(self, pair: StagePair) -> str:
         of_student = [other for other in self.pairs or () if other.student.name == pair.student.name]
         between = "" if len(of_student) == 1 else f"{pair.teacher.name}-"
         return f"{self.term}.{between}{pair.student.name}"
 
-    def feature_terms(self, student: Features, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    def feature_terms(self, student: Features, targets: Targets, labels: Tensor | None) -> dict[str, Tensor]:
         """Returns one weighted term a stage pair, named after the student's stage."""
         assert self.pairs is not None, "bind comes first"
         terms = {}
         for index in range(len(self.pairs)):
             x = student.maps[index]
             with torch.autocast(x.device.type, enabled=False):
-                loss = self.compare(index, at_least_float32(x), targets[f"stage{index}"])
+                loss = self.compare(index, at_least_float32(x), self.target_of(index, targets), labels)
             if self.log_variance is not None:
                 loss = loss * torch.exp(-self.log_variance[index]) + self.log_variance[index]
             terms[self._names[index]] = self.feature_weight * self._weights[index] * loss
@@ -96,13 +100,46 @@ class FeatureMethod(Method):
         with torch.autocast(x.device.type, enabled=False):
             return self.encode_stage(index, at_least_float32(x))
 
-    @abstractmethod
+    def target_of(self, index: int, targets: Targets) -> Tensor:
+        """Returns what stage pair ``index`` of the student learns from."""
+        return targets[f"stage{index}"]
+
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
-        """Turns the teacher's map ``[B, C_t, h, w]`` (float32, autocast off) into a compact target."""
+        """Turns the teacher's map ``[B, C_t, h, w]`` (float32, autocast off) into a target; here it stays as it is."""
+        return x
 
     @abstractmethod
-    def compare(self, index: int, x: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of stage pair ``index`` for the student's map ``[B, C_s, h, w]``."""
+    def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns the loss of stage pair ``index``.
+
+        Args:
+            index: Of the stage pair.
+            x: The student's map ``[B, C_s, h, w]`` (float32, autocast off).
+            target: What `encode_stage` returned for the same images.
+            labels: As for `Method.forward`.
+        """
+
+
+class PooledMethod(FeatureMethod):
+    """Base of methods that compare one vector an image: what stands before the classifiers, or stages averaged."""
+
+    automatic_stages: ClassVar[int] = 1
+
+    def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
+        """Returns the pair of vectors before both classifiers; see `Method.automatic_pairs`."""
+        return [] if pooled is None else [pooled]
+
+    def encode_stage(self, index: int, x: Tensor) -> Tensor:
+        """Returns the mean ``[B, C_t]`` over the map."""
+        return x.mean((2, 3))
+
+    def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns `compare_vectors` of the mean over the map; see `FeatureMethod.compare`."""
+        return self.compare_vectors(index, x.mean((2, 3)), target, labels)
+
+    @abstractmethod
+    def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns the loss of stage pair ``index`` for vectors ``[B, C_s]`` and ``[B, C_t]`` (float32)."""
 
 
 def count_parameters(*modules: nn.Module) -> int:

@@ -127,7 +127,7 @@ class SFKD(FeatureMethod):
         """True with ``normalize="batch"`` and for InfoNCE."""
         return self.normalize == "batch" or self.loss == "infonce"
 
-    def bind(self, pairs: Sequence[StagePair]) -> None:
+    def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes projections and refinements for these stage pairs; see `Method.bind`.
 
         Raises:
@@ -194,7 +194,7 @@ class SFKD(FeatureMethod):
         coefficients = self._coefficients(index, to_grid(x, self._grids[index]))
         return self._representation(self.reduce[index](coefficients))
 
-    def compare(self, index: int, x: Tensor, target: Tensor) -> Tensor:
+    def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the loss between the refined student feature and the target."""
         student = self._representation(self._coefficients(index, self.refined_feature(index, x)))
         if self.loss == "gffl":

@@ -93,7 +93,7 @@ class UHKD(FeatureMethod):
         """True with ``normalize="batch"``."""
         return self.normalize == "batch"
 
-    def bind(self, pairs: Sequence[StagePair]) -> None:
+    def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the alignment modules for these stage pairs; see `Method.bind`.
 
         Raises:
@@ -123,7 +123,7 @@ class UHKD(FeatureMethod):
         """Returns the teacher's compressed spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
         return self.compress(self.reduce[index](spectrum_per_pixel(x, self._keeps[index])))
 
-    def compare(self, index: int, x: Tensor, target: Tensor) -> Tensor:
+    def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the mean squared error between FAM's output and the standardised target."""
         student = self.align[index](x)
         is_complex = self.spectrum == "complex"

@@ -420,7 +420,7 @@ def _accelerator(options: TrainingOptions, method: Method) -> Any:
     # Accelerate keeps its settings for the whole process; a second run may have others.
     AcceleratorState._reset_state(reset_partial_state=world_size() == 1)
     # Without a loss on logits, the student's classifier gets no gradient.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=not (method.ce_weight or method.kd_weight))
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not method.uses_student_logits)
     return Accelerator(
         kwargs_handlers=[ddp],
         mixed_precision=options.mixed_precision,

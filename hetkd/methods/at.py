@@ -1,0 +1,100 @@
+"""AT: where the teacher looks (arXiv 1612.03928)."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetkd.adapter import StagePair
+from hetkd.grid import common_grid, to_grid
+from hetkd.methods.base import register_method
+from hetkd.methods.feature import FeatureMethod
+
+
+@register_method("at")
+class AT(FeatureMethod):
+    r"""Activation-based attention transfer (Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928).
+
+    The attention map Q of a stage is the mean over channels of its squared activations; resampled to a common
+    grid, laid out as a vector and divided by its length:
+
+    .. math:: L = w_{ce}\,CE + w_f \sum_i w_i \operatorname{mean}
+        \Big( \frac{Q^s_i}{\|Q^s_i\|_2} - \frac{Q^t_i}{\|Q^t_i\|_2} \Big)^2
+
+    There are no parameters. A grid of one pixel has no attention: such stage pairs are left out of the automatic
+    pairing.
+
+    Args:
+        feature_weight: Weight of the features' loss; the authors' is 1000.
+        stage_weights: ``None``: 1 each; one number a stage pair, or ``"learnt"``.
+        ce_weight: Weight of the cross-entropy with the labels.
+        kd_weight: Weight of the KL divergence between logits; 0 in the published comparisons.
+        temperature: Of the KL divergence.
+
+    Raises:
+        ValueError: If a stage pair meets on a grid of one pixel.
+    """
+
+    term = "at"
+    automatic_stages = 4
+
+    def __init__(
+        self,
+        *,
+        feature_weight: float = 1000.0,
+        stage_weights: Sequence[float] | str | None = None,
+        ce_weight: float = 1.0,
+        kd_weight: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(
+            feature_weight=feature_weight,
+            stage_weights=stage_weights,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            temperature=temperature,
+        )
+
+    def default_stage_weights(self, count: int) -> list[float]:
+        """Returns 1 for each stage pair."""
+        return [1.0] * count
+
+    def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
+        """Returns the pairs that meet on more than one pixel; see `Method.automatic_pairs`."""
+        return super().automatic_pairs([pair for pair in pairs if _grid(pair) != (1, 1)], pooled)
+
+    def bind(self, pairs: Sequence[StagePair], /) -> None:
+        """Takes the stage pairs; see `Method.bind`.
+
+        Raises:
+            ValueError: If there is none, or one has no attention map.
+        """
+        super().bind(pairs)
+        self._grids = [_grid(pair) for pair in pairs]
+        for pair, grid in zip(pairs, self._grids, strict=True):
+            if grid == (1, 1):
+                raise ValueError(
+                    f"method 'at' compares attention over a map, but {pair.teacher} / {pair.student} meet on one "
+                    "pixel: use other stages or a larger input_size."
+                )
+
+    def describe(self, index: int) -> str:
+        """Returns the grid of stage pair ``index``."""
+        return "attention on {} x {}".format(*self._grids[index])
+
+    def encode_stage(self, index: int, x: Tensor) -> Tensor:
+        """Returns the teacher's attention ``[B, h * w]``."""
+        return attention(x, self._grids[index])
+
+    def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns the mean squared error of attention; see `FeatureMethod.compare`."""
+        return F.mse_loss(attention(x, self._grids[index]), target)
+
+
+def attention(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Returns the attention ``[B, h * w]``, of length 1, of a feature map ``[B, C, H, W]`` on a grid of h x w."""
+    return F.normalize(to_grid(x.square().mean(1, keepdim=True), grid).flatten(1), dim=1)
+
+
+def _grid(pair: StagePair) -> tuple[int, int]:
+    return common_grid(pair.teacher.grid, pair.student.grid, 1)

@@ -1,0 +1,74 @@
+"""DKD: what the teacher says of the target class and of all others, weighed apart (arXiv 2203.08679)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetkd.adapter import Features
+from hetkd.methods.base import Method, not_negative, register_method, student_logits, target_classes
+
+
+@register_method("dkd")
+class DKD(Method):
+    r"""Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679).
+
+    The KL divergence of KD is :math:`TCKD + (1 - p^t_y)\,NCKD`: a part on the probability of the target class y
+    against all others, and a part on the distribution among the others, which a confident teacher
+    all but switches off. DKD weighs both freely:
+
+    .. math:: L = w_{ce}\,CE + w_{kd}\,T^2 (\alpha\,TCKD + \beta\,NCKD)
+
+    Labels that are probabilities count as their likeliest class; without labels the teacher's class stands in.
+    The authors raise the weight linearly over the first 20 epochs; here it is constant.
+
+    Args:
+        alpha: Weight of the part on the target class.
+        beta: Weight of the part on all others.
+        ce_weight: Weight of the cross-entropy with the labels.
+        kd_weight: Weight of both parts together.
+        temperature: T.
+    """
+
+    logit_term = "dkd"
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 2.0,
+        ce_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature)
+        self.alpha = not_negative("alpha", alpha)
+        self.beta = not_negative("beta", beta)
+
+    def describe_logits(self) -> str:
+        """Returns what the plan says of the logits."""
+        return f"{self.alpha:g} TCKD + {self.beta:g} NCKD, T = {self.temperature:g}"
+
+    def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns both parts, weighted; see `Method.logit_loss`."""
+        classes = target_classes(labels, teacher)
+        target, others = decoupled_parts(
+            student_logits(student) / self.temperature, teacher / self.temperature, classes
+        )
+        return (self.alpha * target.mean() + self.beta * others.mean()) * self.temperature**2
+
+
+def decoupled_parts(student: Tensor, teacher: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns TCKD and NCKD ``[B]`` of logits ``[B, classes]``, whose target classes are ``classes`` ``[B]``."""
+    is_target = F.one_hot(classes, student.shape[1]).bool()
+    (binary_s, others_s), (binary_t, others_t) = (_decoupled(logits, is_target) for logits in (student, teacher))
+    return (
+        F.kl_div(binary_s, binary_t, reduction="none", log_target=True).sum(1),
+        F.kl_div(others_s, others_t, reduction="none", log_target=True).sum(1),
+    )
+
+
+def _decoupled(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the log-probabilities of (target, not target) ``[B, 2]`` and among the others ``[B, classes - 1]``."""
+    others = logits[~is_target].unflatten(0, (len(logits), -1))
+    binary = torch.stack([logits[is_target], others.logsumexp(1)], dim=1)
+    return F.log_softmax(binary, dim=1), F.log_softmax(others, dim=1)

@@ -1,0 +1,62 @@
+"""FitNet: the student's feature maps imitate the teacher's (arXiv 1412.6550)."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetkd.adapter import StagePair
+from hetkd.grid import common_grid, to_grid
+from hetkd.methods.base import register_method
+from hetkd.methods.feature import FeatureMethod, count_parameters
+
+
+@register_method("fitnet")
+class FitNet(FeatureMethod):
+    r"""Hints (Romero et al., ICLR 2015, arXiv 1412.6550), on all stages at once as OFA-KD compares it.
+
+    A learnt 1x1 convolution r brings the student's map to the teacher's channels; both maps meet on a common grid:
+
+    .. math:: L = w_{ce}\,CE + w_f \sum_i w_i \operatorname{mean} (r_i(S_i) - T_i)^2
+
+    The paper trains the first half of the student with one hint before everything else; here, as in later
+    comparisons, all terms are learnt together. Across architectures this is the method that fails first, for
+    it asks for the teacher's activations as they are.
+
+    Args:
+        feature_weight: Weight of the features' loss.
+        stage_weights: ``None``: 1 each; one number a stage pair, or ``"learnt"``.
+        ce_weight: Weight of the cross-entropy with the labels.
+        kd_weight: Weight of the KL divergence between logits; 0 in the published comparisons.
+        temperature: Of the KL divergence.
+    """
+
+    term = "fitnet"
+    automatic_stages = 4
+
+    def default_stage_weights(self, count: int) -> list[float]:
+        """Returns 1 for each stage pair."""
+        return [1.0] * count
+
+    def bind(self, pairs: Sequence[StagePair], /) -> None:
+        """Makes the convolutions for these stage pairs; see `Method.bind`."""
+        super().bind(pairs)
+        self._grids = [common_grid(p.teacher.grid, p.student.grid, 1) for p in pairs]
+        self.project = nn.ModuleList(nn.Conv2d(p.student.channels, p.teacher.channels, 1, bias=False) for p in pairs)
+
+    def describe(self, index: int) -> str:
+        """Returns the grid of stage pair ``index``."""
+        return "mse on {} x {}".format(*self._grids[index])
+
+    def added_parameters(self, index: int) -> int:
+        """Returns the parameters of the convolution of stage pair ``index``."""
+        return count_parameters(self.project[index])
+
+    def encode_stage(self, index: int, x: Tensor) -> Tensor:
+        """Returns the teacher's map ``[B, C_t, *grid]``."""
+        return to_grid(x, self._grids[index])
+
+    def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns the mean squared error; see `FeatureMethod.compare`."""
+        student: Tensor = self.project[index](to_grid(x, self._grids[index]))
+        return F.mse_loss(student, target)

@@ -1,0 +1,171 @@
+"""OFA-KD: student exits that learn from the teacher's logits (arXiv 2310.19444)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetkd.adapter import Features, Stage, StagePair
+from hetkd.methods.base import Targets, positive, register_method, student_logits, target_classes
+from hetkd.methods.feature import FeatureMethod, count_parameters
+
+
+@register_method("ofa")
+class OFA(FeatureMethod):
+    r"""One-for-all distillation (Hao et al., NeurIPS 2023, arXiv 2310.19444).
+
+    Features of different architectures are compared where they agree in meaning, in the space of logits: each of
+    four student stages gets an exit of its own. With p probabilities and y the one-hot target class, each exit
+    and the final logits learn by
+
+    .. math:: L_{ofa} = -\sum_c \big( (p^t_c + y_c)^g - y_c \big) \log p^s_c
+
+    which for g > 1 gives the target class more weight. The teacher's features are not used. An exit has one block
+    for each later stage: of a hierarchical student a strided separable convolution, of an isotropic one a
+    transformer block; then pooling and a linear layer. Labels that are probabilities count as their likeliest
+    class; without labels the teacher's stands in.
+
+    Args:
+        gamma: g, of all exits and the logits.
+        feature_weight: Weight of the exits' losses; 0.1 for CIFAR-100 in the authors' runs.
+        stage_weights: ``None``: 1 each; one number a stage, or ``"learnt"``.
+        ce_weight: Weight of the cross-entropy with the labels.
+        kd_weight: Weight of the loss on the final logits.
+        temperature: Of all these losses.
+    """
+
+    term = "ofa"
+    logit_term = "ofa"
+    automatic_stages = 4
+    uses_teacher_maps = False
+
+    def __init__(
+        self,
+        *,
+        gamma: float = 1.0,
+        feature_weight: float = 1.0,
+        stage_weights: Sequence[float] | str | None = None,
+        ce_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(
+            feature_weight=feature_weight,
+            stage_weights=stage_weights,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            temperature=temperature,
+        )
+        self.gamma = positive("gamma", gamma)
+
+    @property
+    def uses_teacher_logits(self) -> bool:
+        """True: they are what every exit learns from."""
+        return True
+
+    @property
+    def uses_student_logits(self) -> bool:
+        """Whether the final logits learn, beside the exits."""
+        return self.ce_weight > 0 or self.kd_weight > 0
+
+    def default_stage_weights(self, count: int) -> list[float]:
+        """Returns 1 for each stage."""
+        return [1.0] * count
+
+    def bind(self, pairs: Sequence[StagePair], /) -> None:
+        """Makes the exits for these student stages; see `Method.bind`.
+
+        Raises:
+            ValueError: If the student has no classifier.
+        """
+        super().bind(pairs)
+        if self.classes is None:
+            raise ValueError("method 'ofa' learns logits, but the student has no classifier: use num_classes=...")
+        stages = [pair.student for pair in pairs]
+        width = max(stages[-1].channels, pairs[-1].teacher.channels)
+        self.exits = nn.ModuleList(
+            exit_branch(stage, stages[index + 1 :], width, self.classes) for index, stage in enumerate(stages)
+        )
+
+    def describe(self, index: int) -> str:
+        """Returns what is compared."""
+        return "exit to logits"
+
+    def describe_logits(self) -> str:
+        """Returns what the plan says of the logits."""
+        return f"target class enhanced, g = {self.gamma:g}, T = {self.temperature:g}"
+
+    def added_parameters(self, index: int) -> int:
+        """Returns the parameters of the exit of stage ``index``."""
+        return count_parameters(self.exits[index])
+
+    def target_of(self, index: int, targets: Targets) -> Tensor:
+        """Returns the teacher's logits."""
+        return targets["logits"]
+
+    def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns the loss of the exit of stage ``index``; see `FeatureMethod.compare`."""
+        return self._enhanced(self.exits[index](x), target, labels)
+
+    def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns the loss of the final logits; see `Method.logit_loss`."""
+        return self._enhanced(student_logits(student), teacher, labels)
+
+    def _enhanced(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        classes = target_classes(labels, teacher)
+        return enhanced_loss(student / self.temperature, teacher / self.temperature, classes, self.gamma)
+
+
+def enhanced_loss(student: Tensor, teacher: Tensor, classes: Tensor, gamma: float) -> Tensor:
+    """Returns the target-enhanced cross-entropy of logits ``[B, classes]``, mean over the batch."""
+    y = F.one_hot(classes, student.shape[1])
+    target = (F.softmax(teacher, dim=1) + y) ** gamma - y
+    return -(target * F.log_softmax(student, dim=1)).sum(1).mean()
+
+
+def exit_branch(stage: Stage, later: Sequence[Stage], width: int, classes: int) -> nn.Module:
+    """Builds the exit of ``stage``: a stand-in for each of the ``later`` stages, and a classifier.
+
+    Args:
+        stage: Where the exit is.
+        later: The student's stages behind it that have exits too.
+        width: Channels before the linear layer of a student whose stages shrink.
+        classes: Of the logits.
+    """
+    if later and later[-1].grid == stage.grid:
+        return nn.Sequential(_TokenBlocks(stage.channels, len(later)), nn.Linear(stage.channels, classes))
+    layers: list[nn.Module] = [] if later else [nn.Conv2d(stage.channels, width, kernel_size=1)]
+    channels = stage.channels
+    for step in range(len(later)):
+        grown = width if step == len(later) - 1 else 2 * channels
+        layers.append(_separable_convolution(channels, grown))
+        channels = grown
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def _separable_convolution(channels: int, grown: int) -> nn.Module:
+    def half(outgoing: int, stride: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False),
+            nn.Conv2d(channels, outgoing, kernel_size=1, bias=False),
+            nn.BatchNorm2d(outgoing),
+            nn.ReLU(),
+        ]
+
+    return nn.Sequential(*half(channels, 2), *half(grown, 1))
+
+
+class _TokenBlocks(nn.Module):
+    """Transformer blocks on a map ``[B, C, h, w]`` as tokens, averaged to ``[B, C]``."""
+
+    def __init__(self, channels: int, depth: int) -> None:
+        from timm.models.vision_transformer import Block
+
+        super().__init__()
+        heads = next(heads for heads in (4, 2, 1) if channels % heads == 0)
+        self.blocks = nn.Sequential(*(Block(channels, heads) for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.blocks(x.flatten(2).transpose(1, 2))
+        return torch.mean(tokens, dim=1)

@@ -1,0 +1,78 @@
+"""RKD: distances and angles between images (arXiv 1904.05068)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetkd.methods.base import not_negative, register_method
+from hetkd.methods.feature import PooledMethod
+
+
+@register_method("rkd")
+class RKD(PooledMethod):
+    r"""Relational knowledge distillation (Park et al., CVPR 2019, arXiv 1904.05068), on the vectors before classifiers.
+
+    With h Huber's loss, :math:`d_{ij} = \|x_i - x_j\|_2 / \mu`, where :math:`\mu` is the mean distance in the
+    batch, and :math:`a_{ijk}` the cosine of the angle at :math:`x_j` between :math:`x_i` and :math:`x_k`:
+
+    .. math:: L = w_{ce}\,CE + w_f \big(w_d \operatorname{mean}_{ij} h(d^s_{ij}, d^t_{ij})
+        + w_a \operatorname{mean}_{ijk} h(a^s_{ijk}, a^t_{ijk})\big)
+
+    There are no parameters, and widths need not agree. The batch is that of each process; angles take memory with
+    its cube.
+
+    Args:
+        distance_weight: :math:`w_d`.
+        angle_weight: :math:`w_a`.
+        feature_weight: :math:`w_f`, of both.
+        ce_weight: Weight of the cross-entropy with the labels.
+        kd_weight: Weight of the KL divergence between logits; 0 in the published comparisons.
+        temperature: Of the KL divergence.
+    """
+
+    term = "rkd"
+
+    def __init__(
+        self,
+        *,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        feature_weight: float = 1.0,
+        ce_weight: float = 1.0,
+        kd_weight: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(
+            feature_weight=feature_weight, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature
+        )
+        self.distance_weight = not_negative("distance_weight", distance_weight)
+        self.angle_weight = not_negative("angle_weight", angle_weight)
+
+    @property
+    def needs_batch(self) -> bool:
+        """True: images are compared with one another."""
+        return True
+
+    def describe(self, index: int) -> str:
+        """Returns what is compared."""
+        return "distances and angles"
+
+    def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns both parts, weighted; see `PooledMethod.compare_vectors`."""
+        by_distance = F.smooth_l1_loss(distances(x), distances(target))
+        return self.distance_weight * by_distance + self.angle_weight * F.smooth_l1_loss(angles(x), angles(target))
+
+
+def distances(x: Tensor) -> Tensor:
+    """Returns the distances ``[B, B]`` between the rows of ``x`` ``[B, C]``, divided by the mean of distinct rows."""
+    # The root has no gradient at 0, on the diagonal.
+    squares = (x.unsqueeze(0) - x.unsqueeze(1)).square().sum(-1)
+    other = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    distance = torch.where(other, squares.clamp_min(1e-12), 1).sqrt() * other
+    return distance / (distance.sum() / other.sum())
+
+
+def angles(x: Tensor) -> Tensor:
+    """Returns the cosines ``[B, B, B]``, as ``[j, i, k]``, of the angles at row j between rows i and k of ``x``."""
+    directions = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
+    return directions @ directions.transpose(1, 2)
