@@ -294,7 +294,8 @@ class Distiller(nn.Module):
 
         Args:
             train: A folder of class folders, a dataset of (image, label), tensors
-                ``(images, labels)``, or a loader of such batches.
+                ``(images, labels)``, or a loader of such batches. With ``ce_weight=0`` also without
+                labels: a folder, dataset, tensor or loader of images.
             val: The same, for `evaluate` after each epoch; ``None`` skips it.
             epochs: Passes over the training data.
             output_dir: Where checkpoints, history and the student go; ``None`` writes nothing.

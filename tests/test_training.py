@@ -1,5 +1,6 @@
 """Training end to end on small real models."""
 
+import copy
 import json
 
 import kornia.augmentation as K
@@ -9,6 +10,7 @@ import torch
 from conftest import batch, tiny_cnn, tiny_vit
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.functional import to_pil_image
 
 from hetkd import Distiller, load_model
 from hetkd.training import TrainingOptions
@@ -219,3 +221,39 @@ def test_a_frozen_student_is_refused_by_fit_and_can_be_evaluated():
     assert 0 <= d.evaluate(data)["top1"] <= 100
     with pytest.raises(ValueError, match=r"frozen: call student.requires_grad_\(True\)"):
         d.fit(data, epochs=1, batch_size=4)
+
+
+class TestWithoutLabels:
+    images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+    def distiller(self, **options) -> Distiller:
+        return Distiller(tiny_vit(), tiny_cnn(), "rsd", ce_weight=0.0, input_size=32, **options)
+
+    def as_folder(self, folder) -> str:
+        folder.mkdir()
+        for index, image in enumerate(self.images):
+            to_pil_image(image).save(folder / f"{index}.png")
+        return str(folder)
+
+    @pytest.mark.parametrize("kind", ["tensor", "dataset", "loader", "folder"])
+    def test_images_alone_train_a_student(self, kind, tmp_path):
+        data = {
+            "tensor": lambda: self.images,
+            "dataset": lambda: [to_pil_image(image) for image in self.images],
+            "loader": lambda: DataLoader(self.images, batch_size=8),
+            "folder": lambda: self.as_folder(tmp_path / "images"),
+        }[kind]()
+        distiller = self.distiller()
+        before = copy.deepcopy(distiller.student.state_dict())
+        result = distiller.fit(data, epochs=1, batch_size=8, progress=False)
+        assert result.history[0]["train/rsd.pooled"] > 0
+        assert any(not torch.equal(before[name], x) for name, x in distiller.student.state_dict().items())
+
+    def test_cross_entropy_without_labels_is_refused(self):
+        distiller = Distiller(tiny_vit(), tiny_cnn(), "kd", input_size=32)
+        with pytest.raises(ValueError, match="use ce_weight=0"):
+            distiller.fit(self.images, epochs=1, batch_size=8, progress=False)
+        with pytest.raises(ValueError, match="need labels"):
+            self.distiller().fit(self.images, epochs=1, batch_size=8, mixup=0.2, progress=False)
+        with pytest.raises(ValueError, match="leave val out"):
+            self.distiller().fit(self.images, self.images, epochs=1, batch_size=8, progress=False)

@@ -11,35 +11,35 @@ from torch.utils.data import DataLoader, Dataset
 from hetkd.inputs import InputSpec
 
 
-class TensorImages(Dataset[tuple[Tensor, Tensor]]):
+class TensorImages(Dataset[Any]):
     """Images and labels in memory; a whole batch is one indexing operation.
 
     Args:
         images: ``[N, C, H, W]``, uint8 or float in [0, 1].
-        labels: ``[N]``, int64.
+        labels: ``[N]``, int64, or ``None``: then samples are images alone.
 
     Raises:
         ValueError: If the numbers of images and labels differ.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        if len(images) != len(labels):
+    def __init__(self, images: Tensor, labels: Tensor | None) -> None:
+        if labels is not None and len(images) != len(labels):
             raise ValueError(f"{len(images)} images, but {len(labels)} labels.")
         self.images, self.labels = images, labels
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+    def __getitem__(self, index: int | list[int]) -> Any:
+        return self.images[index] if self.labels is None else (self.images[index], self.labels[index])
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> Any:
         """Returns a batch; PyTorch's loader asks for it in this way."""
-        return self.images[indices], self.labels[indices]
+        return self[indices]
 
 
-class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """A dataset of (PIL image, label) with a transform on the images; tensors pass as they are."""
+class TransformedImages(Dataset[Any]):
+    """A dataset of (PIL image, label) or PIL images, with a transform on the images; tensors pass as they are."""
 
     def __init__(self, dataset: Any, transform: Callable[[Any], Tensor]) -> None:
         self.dataset, self.transform = dataset, transform
@@ -47,9 +47,25 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Any:
         image, label = _image_and_label(self.dataset[index])
-        return (image if isinstance(image, Tensor) else self.transform(image)), label
+        image = image if isinstance(image, Tensor) else self.transform(image)
+        return image if label is None else (image, label)
+
+
+class ImageFiles(Dataset[Any]):
+    """The images of a folder without classes, in the order of their names."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        from torchvision.datasets.folder import default_loader
+
+        return default_loader(str(self.paths[index]))
 
 
 def make_loader(
@@ -66,7 +82,8 @@ def make_loader(
 
     Args:
         data: A folder of class folders, a dataset of (image, label) or of Hugging Face's dicts,
-            tensors ``(images, labels)``, or a loader, which is returned as it is.
+            tensors ``(images, labels)``, or a loader, which is returned as it is. Without labels: a folder
+            of images, a dataset of images, a tensor of images.
         what: Name of the argument, for errors.
         spec: Of the student: colour or grey images, and how PIL images are resized and cropped.
         size: Height and width to resize PIL images to.
@@ -83,6 +100,8 @@ def make_loader(
         data = _image_folder(Path(data), what)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
         data = TensorImages(*data)
+    elif isinstance(data, Tensor):
+        data = TensorImages(data, None)
     if _is_loader(data):
         _refuse_empty(data, what)
         return data
@@ -105,10 +124,13 @@ def make_loader(
 
 
 def images_and_labels(batch: Any) -> tuple[Any, Any]:
-    """Takes a batch apart: ``(images, labels)``, or a dict as Hugging Face's collators make it.
+    """Takes a batch apart: ``(images, labels)``, a dict as Hugging Face's collators make it, or images alone.
+
+    Returns:
+        Images, and labels or ``None``.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If it is none of these.
     """
     return _image_and_label(batch)
 
@@ -117,9 +139,11 @@ def _image_and_label(sample: Any) -> tuple[Any, Any]:
     if isinstance(sample, dict):
         images = next((sample[key] for key in ("pixel_values", "image", "images", "img") if key in sample), None)
         labels = next((sample[key] for key in ("labels", "label", "fine_label") if key in sample), None)
-        if images is not None and labels is not None:
+        if images is not None:
             return images, labels
         raise TypeError(f"a sample has the keys {sorted(sample)}; expected an image and a label.")
+    if isinstance(sample, Tensor) or hasattr(sample, "convert"):  # a PIL image
+        return sample, None
     if isinstance(sample, (tuple, list)) and len(sample) == 2:
         return sample[0], sample[1]
     raise TypeError(f"a sample must be (image, label) or a dict of both, got {type(sample).__name__}.")
@@ -141,13 +165,19 @@ def _as_it_is(batch: Any) -> Any:
 
 def _image_folder(path: Path, what: str) -> Any:
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if not path.is_dir():
         raise FileNotFoundError(f"{what}={str(path)!r} is no folder.")
+    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+    if images and not any(file.is_dir() for file in path.iterdir()):
+        return ImageFiles(images)
     try:
         return ImageFolder(str(path))
     except FileNotFoundError as error:
-        raise ValueError(f"{what}={str(path)!r} must hold one folder of images a class ({error}).") from error
+        raise ValueError(
+            f"{what}={str(path)!r} must hold one folder of images a class, or images alone ({error})."
+        ) from error
 
 
 def _image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Any], Tensor]:

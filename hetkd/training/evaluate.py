@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from hetkd.adapter import eval_mode
 from hetkd.inputs import check_images, check_labels
@@ -28,6 +28,8 @@ def evaluate(distiller: Distiller, data: Any, *, batch_size: int) -> dict[str, f
 def eval_loader(distiller: Distiller, data: Any, batch_size: int, num_workers: int) -> Iterable[Any]:
     """Makes a loader in the order of the data, with every image."""
     spec, size = distiller.student_inputs.spec, distiller.student_inputs.size
+    if isinstance(data, Tensor):
+        raise ValueError("val has images without labels, which say nothing of accuracy: leave val out.")
     return make_loader(
         data,
         what="val",
@@ -72,6 +74,8 @@ def measure(
     with eval_mode(model), torch.inference_mode(), autocast:
         for batch in loader:
             images, labels = images_and_labels(batch)
+            if labels is None:
+                raise ValueError("val has images without labels, which say nothing of accuracy: leave val out.")
             labels = torch.as_tensor(labels)
             if labels.ndim != 1:
                 raise ValueError(f"val needs class indices [B] as labels, got shape {list(labels.shape)}.")

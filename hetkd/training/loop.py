@@ -134,8 +134,8 @@ class _Run:
         """Shares a loader out to the processes; other iterables are each process's own."""
         if not isinstance(loader, DataLoader):
             return loader
-        if isinstance(loader.dataset, TensorImages):  # all labels are at hand: look before any training
-            labels = loader.dataset.labels
+        labels = loader.dataset.labels if isinstance(loader.dataset, TensorImages) else None
+        if labels is not None:  # all of them are at hand: look before any training
             check_labels(labels, len(labels), self.distiller.classes, look_at_values=True)
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
@@ -168,7 +168,7 @@ class _Run:
             num_epochs=self.epochs,
             warmup_epochs=self.options.warmup_epochs,
             warmup_prefix=False,
-            warmup_lr=self.options.peak_lr / 100,
+            warmup_lr=self.options.warmup_lr or self.options.peak_lr / 100,
             min_lr=min(self.options.min_lr, self.options.peak_lr),
             step_on_epochs=False,
             decay_epochs=self.options.decay_epochs,
@@ -268,16 +268,26 @@ class _Run:
         terms.read()
         return terms.means(self.accelerator), images_seen
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for batch in self.train:
             images, labels = images_and_labels(batch)
+            if labels is None:
+                self._refuse_missing_labels()
+                yield images.to(self.device, non_blocking=True), None
+                continue
             if isinstance(images, Tensor) and isinstance(labels, Tensor):
                 # Here the labels are still on the CPU, where looking at them costs nothing.
                 check_labels(labels, len(images), self.distiller.classes, labels.device.type == "cpu")
                 images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield images, labels
 
-    def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor, terms: _Terms) -> None:
+    def _refuse_missing_labels(self) -> None:
+        if self.distiller.method.ce_weight:
+            raise ValueError("train has no labels: use ce_weight=0 to learn from the teacher alone.")
+        if self.targets.mix is not None or self.targets.smoothing:
+            raise ValueError("mixup, cutmix and label_smoothing need labels, but train has none.")
+
+    def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor | None, terms: _Terms) -> None:
         images, labels = self.targets(images, labels)
         with self.accelerator.accumulate(self.model):
             if self.accelerator.sync_gradients and self.scheduler is not None:
@@ -345,13 +355,15 @@ class _TargetMaker:
         if options.mixup or options.cutmix:
             self.mix = Mixup(options.mixup, options.cutmix, label_smoothing=self.smoothing, num_classes=self.classes)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.augment is None and self.mix is None and not self.smoothing:
             return images, labels
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if self.augment is not None:
             images = self.augment(images)
+        if labels is None:
+            return images, None
         if self.mix is not None:
             if labels.ndim == 2:
                 raise ValueError("mixup and cutmix make soft labels from class indices, but labels are soft already.")

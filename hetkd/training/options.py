@@ -25,7 +25,8 @@ class TrainingOptions:
         scheduler: A name of timm's schedulers: ``"cosine"``, ``"step"``, ``"constant"``, ...
         decay_epochs: Of the schedule ``"step"``: epochs between two steps.
         decay_rate: Of the schedule ``"step"``: the factor of a step.
-        warmup_epochs: Of linear warm-up from ``lr / 100``; part of ``epochs``.
+        warmup_epochs: Of linear warm-up; part of ``epochs``.
+        warmup_lr: Where the warm-up starts; ``None``: ``lr / 100``.
         min_lr: Where the schedule ends.
         mixed_precision: ``"no"``, ``"bf16"``, ``"fp16"``, or ``None``: as ``accelerate launch`` says.
         gradient_accumulation: Batches an update.
@@ -52,6 +53,7 @@ class TrainingOptions:
     decay_epochs: float = 30.0
     decay_rate: float = 0.1
     warmup_epochs: float = 0.0
+    warmup_lr: float | None = None
     min_lr: float = 1e-6
     mixed_precision: str | None = None
     gradient_accumulation: int = 1
@@ -74,7 +76,7 @@ class TrainingOptions:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
         for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "mixup", "cutmix", "num_workers"):
             not_negative(name, getattr(self, name))
-        for name in ("lr", "clip_grad"):
+        for name in ("lr", "warmup_lr", "clip_grad"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
         if self.ema is not None and not 0 < self.ema < 1:
