@@ -357,7 +357,7 @@ def page(rows: list[Row], summary: str) -> str:
         own = [row for row in rows if row.library == library]
         lines.append(f"| {library} | {len(own)} | {sum(not row.problems for row in own)} |")
     lines += ["", "## Refused, and why", ""]
-    lines += [f"- `{r.library}:{r.name}`: {'; '.join(r.problems)}" for r in refused] or ["None."]
+    lines += [f"- `{r.library}:{r.name}`: {' '.join('; '.join(r.problems).split())}" for r in refused] or ["None."]
     lines += [
         "",
         "## All",

@@ -44,7 +44,7 @@ def whole_set_folder() -> Path:
 
 
 def build_teacher(*, trained: bool) -> nn.Module:
-    """Builds the small ViT of the quickstart, with the weights that `train_teacher.py` made if ``trained``."""
+    """Builds the small ViT of the quickstart, with the weights that `fashion_teacher.py` made if ``trained``."""
     return load_model(
         "timm:vit_tiny_patch16_224",
         pretrained=False,

@@ -1,70 +1,121 @@
-"""Trains the small ViT teacher of the quickstart on the whole of Fashion-MNIST, and writes its weights.
+"""Trains a teacher: any timm model, or a short name of `zoo.py`, on any data set of `image_data.py`.
 
-    python recipes/train_teacher.py                      # some hours on two cores
-    python recipes/train_teacher.py --resume             # goes on after the last whole epoch
+    python recipes/train_teacher.py --dataset cifar100 --model convnext --epochs 30
+    python recipes/train_teacher.py --dataset cifar100 --model vit_small_patch14_dinov2 --weights-from dino.safetensors
+    python recipes/train_teacher.py --dataset flowers/ --model convnext_tiny --pretrained --pixels 224 --epochs 10
 
-In three runs: the ViT alone, then a ResNet, which learns such small images better, then the ViT again
-with the ResNet as its teacher. The weights go to `recipes/assets/` in half precision; what is printed last is their
-accuracy on the official 10,000 test images.
+Stopped and started again, it goes on after its last whole epoch. The weights go to
+`OUTPUT/DATASET-MODEL.safetensors` in half precision, their accuracy on the test images beside them.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-import kornia.augmentation as K
 import torch
-from fashion import CLASSES, TEACHER, build_teacher, read_split, whole_set_folder
-from torch import nn
+from image_data import ImageData, augmentation, load_images
+from zoo import build
 
-from hetkd import KD, Distiller, load_model
+from hetkd import Distiller
+from hetkd.files import write_json
 from hetkd.models import save_model
 
 
 def main() -> None:
-    """Trains, checks, and saves."""
+    """Trains, evaluates, saves."""
     arguments = parse_arguments()
-    folder = whole_set_folder()
-    images, labels = (part[: arguments.images] for part in read_split(folder, "train"))
-    test = read_split(folder, "t10k")
-
-    def fit(distiller: Distiller, run: str, epochs: int, *, batch_size: int = 64, **options: Any) -> nn.Module:
-        distiller.fit(
-            (images, labels),
-            test,
-            epochs=arguments.epochs or epochs,
-            output_dir=arguments.output / run,
-            resume=arguments.resume,
-            batch_size=batch_size,
-            clip_grad=1.0,
-            augment=K.RandomHorizontalFlip(p=0.5),
-            seed=arguments.seed,
-            **options,
-        )
-        return distiller.student
-
-    torch.manual_seed(arguments.seed)
-    vit = fit(Distiller(None, build_teacher(trained=False), "ce"), "vit", 12, lr=1e-3, warmup_epochs=1)
-    resnet = load_model("timm:resnet10t", pretrained=False, num_classes=len(CLASSES), in_chans=1)
-    resnet = fit(Distiller(None, resnet, "ce", input_size=28), "resnet", 3, lr=2e-3, warmup_epochs=0.5)
-    distiller = Distiller(resnet, vit, KD(temperature=2.0, ce_weight=0.2), input_size={"teacher": 28, "student": 28})
-    vit = fit(distiller, "vit_taught", 8, batch_size=128, lr=1e-3, warmup_epochs=0.5, ema=0.999)
-
-    save_model(vit.half(), arguments.weights)
-    result = Distiller(None, vit.float(), "ce").evaluate(test)
-    print(f"{arguments.weights}: top-1 {result['top1']:.2f} % on the {len(test[0]):,} official test images")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_images(arguments.dataset, arguments.pixels or 64).first(arguments.images).to(device)
+    path = teacher_path(arguments.output, data, arguments.model)
+    top1 = train_teacher(
+        arguments.model,
+        data,
+        path,
+        pixels=arguments.pixels,
+        epochs=arguments.epochs,
+        pretrained=arguments.weights_from or arguments.pretrained,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        mixed_precision=arguments.mixed_precision,
+    )
+    print(f"{path}: top-1 {top1:.2f} % on {len(data.test[0]):,} test images")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+def teacher_path(folder: Path, data: ImageData, model: str) -> Path:
+    """Returns where the weights of a teacher are."""
+    return folder / f"{data.name.replace('/', '_').replace(':', '_')}-{model}.safetensors"
+
+
+def train_teacher(
+    model: str,
+    data: ImageData,
+    path: Path,
+    *,
+    pixels: int | None = None,
+    epochs: int,
+    pretrained: bool | Path = False,
+    seed: int = 0,
+    **options: Any,
+) -> float:
+    """Trains a model on labels alone, and saves it.
+
+    Args:
+        model: A short name of `zoo.py`, or one of timm's.
+        data: Images and labels.
+        path: Where the weights go; the run's checkpoints are in a folder beside them.
+        pixels: Input size; ``None``: that of the images.
+        epochs: Passes over the training images.
+        pretrained: Start from timm's weights, or from those in this file.
+        seed: Of initial weights, data order and augmentation.
+        **options: Of `hetkd.Distiller.fit`.
+
+    Returns:
+        Top-1 on the test images, in percent.
+    """
+    torch.manual_seed(seed)
+    teacher, size = build(model, pixels or data.pixels, data.classes, data.channels, pretrained=pretrained)
+    distiller = Distiller(None, teacher, "ce", input_size=size)
+    distiller.fit(
+        data.train,
+        data.test,
+        epochs=epochs,
+        output_dir=path.with_suffix(""),
+        resume=True,
+        **{
+            "batch_size": 128,
+            "lr": 1e-4 if pretrained else 1e-3,
+            "warmup_epochs": min(2, epochs / 4),
+            "clip_grad": 1.0,
+            "label_smoothing": 0.1,
+            "augment": augmentation(data),
+            "seed": seed,
+            **{name: value for name, value in options.items() if value is not None},
+        },
+    )
+    save_model(teacher.half(), path)
+    top1 = Distiller(None, teacher.float(), "ce", input_size=size).evaluate(data.test)["top1"]
+    write_json(path.with_suffix(".json"), {"model": model, "dataset": data.name, "pixels": size, "top1": top1})
+    return top1
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, help="of each of the three runs, instead of 12, 3 and 8")
-    parser.add_argument("--images", type=int, help="use only so many training images")
+    parser.add_argument("--dataset", default="fashion", help="fashion, fashion-full, cifar100, hf:NAME or a folder")
+    parser.add_argument("--model", default="convnext", help="a short name of zoo.py, or one of timm's")
+    parser.add_argument("--pixels", type=int, help="input size; default: that of the images, 64 for folders")
+    parser.add_argument("--images", type=int, help="use only so many training images, as many of each class")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"])
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--pretrained", action="store_true", help="start from timm's weights")
+    start.add_argument("--weights-from", type=Path, metavar="FILE", help="start from the weights in this file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/fashion_teacher"), metavar="DIR")
-    parser.add_argument("--weights", type=Path, default=TEACHER, metavar="FILE", help="where the weights go")
-    parser.add_argument("--resume", action="store_true")
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, default=Path("runs/teachers"), metavar="DIR")
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":
