@@ -12,36 +12,30 @@ trained first (`train_teacher.py`). Stopped and started again, it goes on where 
 import argparse
 import itertools
 import json
-import platform
-import statistics
-import subprocess
-import threading
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from fashion import TEACHER
 from image_data import ImageData, augmentation, load_images
+from results import PeakMemory, Row, draw_gains, read_rows, row_of, write_rows, write_table
 from rich.console import Console
 from torch import nn
 from train_teacher import teacher_path, train_teacher
 from zoo import build
 
 from hetkd import Distiller, list_methods
-from hetkd.files import write_atomically, write_json
+from hetkd.files import write_json
 from hetkd.models import load_weights
 
 console = Console(highlight=False, soft_wrap=True)
-Row = dict[str, Any]
-GRAY, BLUE = "#8a8f98", "#2f6fde"
 
 
-def main() -> None:
-    """Runs what is not there yet, and writes table and picture."""
-    arguments = parse_arguments()
+def main(words: list[str] | None = None) -> None:
+    """Runs what is not there yet, and writes table and picture; ``words`` stand for the command line."""
+    arguments = parse_arguments(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_images(arguments.dataset, arguments.pixels or 64).first(arguments.images).to(device)
     folder: Path = arguments.output
@@ -61,9 +55,7 @@ def main() -> None:
         rows.append(run(data, teachers[pair[0]], pair, method, seed, protocol, folder))
         write_rows(folder / "results.jsonl", rows)
         console.print(f"{rows[-1]['pair']}  {method:<12} seed {seed}  top-1 {rows[-1]['top1']:.2f} %")
-    table = make_table(rows, protocol)
-    write_atomically(folder / "table.md", lambda path: _write(path, table))
-    console.print(f"\n{table}")
+    console.print("\n" + write_table(rows, protocol, folder / "table.md"))
     draw_gains(rows, folder / "gains.png")
 
 
@@ -147,177 +139,7 @@ def run(
                 for key in ("epochs", "batch_size", "optimizer", "lr", "warmup_epochs", "mixed_precision")
             },
         )
-    return {
-        "dataset": data.name,
-        "pair": ":".join(pair),
-        "method": method,
-        "seed": seed,
-        "top1": result.history[-1]["top1"],
-        "epochs": protocol["epochs"],
-        "seconds": sum(record["seconds"] for record in result.history),
-        "images_per_second": statistics.median(record["images_per_second"] for record in result.history),
-        "peak_memory_mb": memory.peak_mb,
-        "added_parameters": distiller.plan.added_parameters,
-        "plan": distiller.plan.title,
-        "settings": {"method": distiller.method.settings(), **protocol},
-        "curve": [record["top1"] for record in result.history],
-        "versions": {name: version(name) for name in ("hetkd", "torch", "timm", "accelerate")},
-        "git_revision": git_revision(),
-        "machine": machine(),
-    }
-
-
-class PeakMemory:
-    """The most memory while a context lasts: on a GPU what PyTorch allocates, else what the process holds."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.peak_mb = 0.0
-        self._stop = threading.Event()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.05):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.peak_mb = max(self.peak_mb, pages * 4096 / 1e6)
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        if torch.cuda.is_available():
-            self.peak_mb = torch.cuda.max_memory_allocated() / 1e6
-        else:
-            self._thread.join()
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Returns the runs that are done."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Writes all runs, one JSON object a line; the file is whole at every moment."""
-    write_atomically(path, lambda temporary: _write(temporary, "".join(json.dumps(row) + "\n" for row in rows)))
-
-
-def make_table(rows: Sequence[Row], protocol: dict[str, Any]) -> str:
-    """Returns a Markdown table a pair, and one of the mean over pairs."""
-    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.items() if value is not None)
-    parts = [
-        f"# Test top-1 by method\n\n{facts}. Spread: standard deviation over seeds. Gain: over `ce`, paired by seed.\n"
-    ]
-    pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    for pair in pairs:
-        of_pair = [row for row in rows if row["pair"] == pair]
-        parts.append(f"## {pair.replace(':', ' -> ')}\n\n{_table(of_pair)}\n")
-    if len(pairs) > 1:
-        parts.append(f"## Mean over {len(pairs)} pairs\n\n{_mean_table(rows, pairs)}\n")
-    return "\n".join(parts)
-
-
-def _table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| method | seeds | top-1, % | spread | gain | added parameters | images/s | peak MB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of_method = [row for row in rows if row["method"] == method]
-        scores = [row["top1"] for row in of_method]
-        spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "-"
-        gains = paired_gains(rows, method)
-        gain = f"{statistics.mean(gains):+.2f}" if gains and method != "ce" else "-"
-        speed = statistics.median(row["images_per_second"] for row in of_method)
-        memory = max(row["peak_memory_mb"] for row in of_method)
-        lines.append(
-            f"| {method} | {len(scores)} | {statistics.mean(scores):.2f} | {spread} | {gain} "
-            f"| {of_method[0]['added_parameters']:,} | {speed:,.0f} | {memory:,.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def _mean_table(rows: Sequence[Row], pairs: Sequence[str]) -> str:
-    lines = ["| method | top-1, % | gain |", "|---|--:|--:|"]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of_pairs = [[row for row in rows if row["pair"] == pair] for pair in pairs]
-        scores = [[row["top1"] for row in of_pair if row["method"] == method] for of_pair in of_pairs]
-        if not all(scores):
-            continue
-        gains = [paired_gains(of_pair, method) for of_pair in of_pairs]
-        gain = f"{statistics.mean(map(statistics.mean, gains)):+.2f}" if all(gains) and method != "ce" else "-"
-        lines.append(f"| {method} | {statistics.mean(map(statistics.mean, scores)):.2f} | {gain} |")
-    return "\n".join(lines)
-
-
-def paired_gains(rows: Sequence[Row], method: str) -> list[float]:
-    """Returns the gains of a method over `ce` on one pair, for each seed that has both."""
-    alone = {row["seed"]: row["top1"] for row in rows if row["method"] == "ce"}
-    return [row["top1"] - alone[row["seed"]] for row in rows if row["method"] == method and row["seed"] in alone]
-
-
-def draw_gains(rows: Sequence[Row], path: Path) -> None:
-    """Draws the gain over `ce` of each method: a dot a seed, a bar at their mean, a panel a pair."""
-    try:
-        import matplotlib
-    except ImportError:
-        console.print("No picture: pip install 'hetkd[plots]' for it.")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    of_pairs = {pair: [row for row in rows if row["pair"] == pair] for pair in pairs}
-    methods = [
-        name
-        for name in dict.fromkeys(row["method"] for row in rows)
-        if any(paired_gains(r, name) for r in of_pairs.values()) and name != "ce"
-    ]
-    if not methods:
-        console.print("No picture: gains need the method ce and another one.")
-        return
-    figure, panels = pyplot.subplots(
-        1, len(pairs), squeeze=False, sharey=True, figsize=(2.2 + 3.6 * len(pairs), 1.6 + 0.3 * len(methods))
-    )
-    for panel, (pair, of_pair) in zip(panels[0], of_pairs.items(), strict=True):
-        panel.axvline(0, color=GRAY, linewidth=1)
-        for height, method in enumerate(reversed(methods)):
-            gains = paired_gains(of_pair, method)
-            panel.plot(gains, [height] * len(gains), "o", color=BLUE, alpha=0.45, markersize=5)
-            if gains:
-                panel.plot([statistics.mean(gains)] * 2, [height - 0.3, height + 0.3], color=BLUE, linewidth=2.5)
-        panel.set_yticks(range(len(methods)), list(reversed(methods)))
-        panel.set_title(pair.replace(":", " → "), fontsize=11)
-        panel.set_xlabel("gain over ce, points of top-1")
-        panel.grid(axis="x", color="#e4e6ea")
-        panel.set_axisbelow(True)
-        for side in ("top", "right", "left"):
-            panel.spines[side].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    console.print(f"picture: {path}")
-
-
-def git_revision() -> str | None:
-    """Returns the commit of the recipes, marked if there are changes; ``None`` outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def machine() -> str:
-    """Returns what the runs were made on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    return row_of(distiller, result, memory, protocol, dataset=data.name, pair=":".join(pair), method=method, seed=seed)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

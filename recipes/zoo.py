@@ -96,7 +96,7 @@ SMALL: dict[str, tuple[int, Callable[..., nn.Module]]] = {
     "vit": (4, _fashion_vit),
     "swin": (32, _swin),
     "mixer": (8, _mixer),
-    "convnext": (1, _convnext),
+    "convnext": (16, _convnext),
     "deit": (8, partial(_vit, width=96, depth=6, heads=3)),
     "swin_p": (32, partial(_swin, width=48, depths=(2, 2, 2))),
     "resmlp": (8, partial(_mixer, width=128, depth=6, block=ResBlock)),

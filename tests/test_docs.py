@@ -1,5 +1,7 @@
 """The snippets of README and docs run as printed, with small stand-ins for models and data from the network."""
 
+import ast
+import inspect
 import re
 
 import pytest
@@ -7,7 +9,9 @@ from conftest import REPOSITORY
 from PIL import Image
 from test_adapters import HUGGING_FACE, hugging_face
 
+from hetkd import list_methods
 from hetkd.adapter import adapters
+from hetkd.methods.base import methods
 
 
 def snippets(path: str) -> list[str]:
@@ -56,11 +60,28 @@ def test_adapters_readme(index, small_world, capsys):
         adapters._items.pop("stripe", None)
 
 
-def test_readme_names_everything_that_exists():
-    from hetkd import list_methods
+@pytest.mark.parametrize("index", list(range(len(snippets("docs/methods/README.md")))))
+def test_methods_page(index, small_world):
+    run(snippets("docs/methods/README.md")[index])
 
+
+def test_readme_names_everything_that_exists():
     readme = (REPOSITORY / "README.md").read_text()
-    assert all(f"| `{name}` |" in readme for name in list_methods())
+    index = (REPOSITORY / "docs" / "methods" / "README.md").read_text()
+    assert all(f"| [`{name}`](docs/methods/{name}.md) |" in readme for name in list_methods())
+    assert all(f"| [`{name}`]({name}.md) |" in index for name in list_methods())
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_page_of_a_method_has_its_options_and_defaults(name):
+    page = (REPOSITORY / "docs" / "methods" / f"{name}.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", page, flags=re.MULTILINE)
+    options = inspect.signature(methods[name]).parameters
+    assert [row[0] for row in rows] == list(options)
+    for option, default in rows:
+        assert ast.literal_eval(default) == options[option].default
+    assert "arxiv.org/abs" in page or name == "ce"
+    assert all(f"## {heading}" in page for heading in ("Idea", "Formula", "Options", "Cost", "When to use it"))
 
 
 def test_readme_shows_the_plan_as_it_is():

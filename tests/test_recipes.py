@@ -1,6 +1,8 @@
 """Every recipe in its shortest form, run as a user runs it."""
 
+import copy
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +12,9 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 from safetensors.torch import load_file
+
+from hetkd import Distiller
+from hetkd.training.loop import _Run
 
 RECIPES = REPOSITORY / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -108,20 +113,20 @@ def test_embedded_data_is_a_balanced_subset_and_small():
     assert size < 8e6
 
 
-def test_train_teacher(tmp_path, monkeypatch):
+def test_fashion_teacher(tmp_path, monkeypatch):
     """In its shortest form, with the embedded subset in the place of the whole set."""
     import fashion
-    import train_teacher
+    import fashion_teacher
 
-    monkeypatch.setattr(train_teacher, "whole_set_folder", lambda: fashion.SUBSET)
+    monkeypatch.setattr(fashion_teacher, "whole_set_folder", lambda: fashion.SUBSET)
     monkeypatch.chdir(tmp_path)
     weights = tmp_path / "teacher.safetensors"
     monkeypatch.setattr(
         sys,
         "argv",
-        ["train_teacher.py", "--epochs", "1", "--images", "128", "--output", "out", "--weights", str(weights)],
+        ["fashion_teacher.py", "--epochs", "1", "--images", "128", "--output", "out", "--weights", str(weights)],
     )
-    train_teacher.main()
+    fashion_teacher.main()
     state = load_file(weights)
     assert all(value.dtype == torch.float16 for value in state.values())
     assert state.keys() == load_file(fashion.TEACHER).keys()
@@ -138,3 +143,248 @@ def test_fashion_writes_the_subset_that_it_reads(tmp_path, monkeypatch, capsys):
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
     assert "2000 images" in capsys.readouterr().out
+
+
+def tiny_data(name="tiny", classes=4, pixels=32, count=48, channels=3):
+    """Images of as many brightnesses as classes."""
+    from image_data import ImageData
+
+    labels = torch.arange(count) % classes
+    noise = torch.rand(count, channels, pixels, pixels, generator=torch.Generator().manual_seed(0))
+    images = (255 * (labels[:, None, None, None] / classes + noise / 8)).to(torch.uint8)
+    return ImageData(name, (images, labels), (images[:16], labels[:16]), classes)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "mixer", "convnext", "deit", "swin_p", "resmlp", "resnet10t"])
+@pytest.mark.parametrize(("pixels", "channels"), [(28, 1), (32, 3)])
+def test_zoo_models_are_distilled_at_small_sizes(name, pixels, channels):
+    import zoo
+
+    model, size = zoo.build(name, pixels, 7 if channels == 3 else 10, channels)
+    distiller = Distiller(
+        model,
+        "timm:test_resnet" if channels == 3 else copy.deepcopy(model),
+        "sfkd",
+        input_size={"teacher": size, "student": size if channels == 1 else 64},
+    )
+    assert len(distiller.method.pairs) == 2
+    assert distiller(torch.rand(4, channels, pixels, pixels), torch.arange(4)).loss.isfinite()
+
+
+def test_train_teacher_goes_on_and_saves_in_half_precision(tmp_path):
+    import train_teacher
+
+    path = train_teacher.teacher_path(tmp_path, tiny_data(), "convnext")
+    options = {"epochs": 2, "batch_size": 16, "progress": False}
+    top1 = train_teacher.train_teacher("convnext", tiny_data(), path, **options)
+    again = train_teacher.train_teacher("convnext", tiny_data(), path, **options)
+    assert again == top1 == json.loads(path.with_suffix(".json").read_text())["top1"]
+    assert all(value.dtype in (torch.float16, torch.int64) for value in load_file(path).values())
+
+
+def test_train_teacher_starts_from_the_dinov2_weights(tmp_path, data_folder):
+    import zoo
+
+    weights = next((data_folder / "dinov2_vits14").glob("*.safetensors"))
+    model, size = zoo.build("vit_small_patch14_dinov2", 28, 5, 3, pretrained=weights)
+    assert size == 28
+    expected = load_file(weights)["blocks.3.mlp.fc1.weight"].float()
+    torch.testing.assert_close(model.blocks[3].mlp.fc1.weight.detach(), expected)
+    assert model.head.out_features == 5
+
+
+COMPARE = (
+    "--methods",
+    "ce",
+    "rsd",
+    "kd+at",
+    "--pairs",
+    "convnext:test_resnet",
+    "--epochs",
+    "2",
+    "--seeds",
+    "2",
+    "--teacher-epochs",
+    "1",
+    "--batch-size",
+    "16",
+)
+
+
+def compare_tiny(monkeypatch, folder, *words):
+    import compare
+
+    monkeypatch.setattr(compare, "load_images", lambda name, pixels: tiny_data(name))
+    compare.main([*COMPARE, *words, "--output", str(folder)])
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_compare_writes_rows_table_and_picture_and_refuses_another_protocol(tmp_path, monkeypatch):
+    rows = compare_tiny(monkeypatch, tmp_path)
+    assert len(rows) == 6
+    for key in (
+        "dataset",
+        "pair",
+        "method",
+        "seed",
+        "top1",
+        "epochs",
+        "seconds",
+        "peak_memory_mb",
+        "added_parameters",
+        "settings",
+        "versions",
+        "git_revision",
+        "curve",
+        "machine",
+    ):
+        assert all(key in row for row in rows)
+    assert all(0 <= row["top1"] <= 100 and row["peak_memory_mb"] > 10 and len(row["curve"]) == 2 for row in rows)
+    table = (tmp_path / "table.md").read_text()
+    gains = [rows[index]["top1"] - rows[index - 1]["top1"] for index in (1, 4)]
+    assert f"| rsd | 2 | {(rows[1]['top1'] + rows[4]['top1']) / 2:.2f} |" in table
+    assert f"| {sum(gains) / 2:+.2f} |" in table
+    with Image.open(tmp_path / "gains.png") as picture:
+        assert picture.size[0] > 300
+    before = (tmp_path / "results.jsonl").read_text()
+    compare_tiny(monkeypatch, tmp_path)  # nothing is left to do
+    assert (tmp_path / "results.jsonl").read_text() == before
+    with pytest.raises(SystemExit, match="batch_size 16, now 8"):
+        compare_tiny(monkeypatch, tmp_path, "--batch-size", "8")
+
+
+def test_compare_killed_in_the_middle_gives_the_same_table(tmp_path, monkeypatch):
+    whole = compare_tiny(monkeypatch, tmp_path / "whole")
+    epochs = 0
+
+    def power_cut(self, *arguments, real=_Run._save):
+        nonlocal epochs
+        epochs += 1
+        real(self, *arguments)
+        if epochs in (2, 5, 8):  # in the teacher's run, between two epochs of a student, after a student's last
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Run, "_save", power_cut)
+    cuts = 0
+    while True:
+        try:
+            rows = compare_tiny(monkeypatch, tmp_path / "cut")
+            break
+        except KeyboardInterrupt:
+            cuts += 1
+    assert cuts == 3
+    for key in ("pair", "method", "seed", "top1", "curve", "added_parameters"):
+        assert [row[key] for row in rows] == [row[key] for row in whole]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pairs", "vit"], "is not TEACHER:STUDENT"),
+        (["--methods", "kd+rds"], "'rds' is none of"),
+        (["--seeds", "0"], "must be at least 1"),
+    ],
+)
+def test_compare_refuses_bad_arguments(words, message, capsys):
+    import compare
+
+    with pytest.raises(SystemExit):
+        compare.parse_arguments(words)
+    assert message in capsys.readouterr().err
+
+
+def test_image_data_of_a_folder_and_of_cifar100(tmp_path, data_folder):
+    import image_data
+
+    for split in ("train", "val"):
+        for index, name in enumerate(("cat", "dog")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (50, 40), (100 * index, number, 0)).save(tmp_path / split / name / f"{number}.png")
+    data = image_data.load_images(str(tmp_path), 24)
+    assert data.train[0].shape == (6, 3, 24, 24)
+    assert data.train[0][:, 0, 5, 5].tolist() == [0, 0, 0, 100, 100, 100]
+    assert data.test[1].tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.first(4).train[1].tolist() == [0, 0, 1, 1]
+    cifar = image_data.load_images("cifar100")
+    assert cifar.train[0].shape == (50_000, 3, 32, 32)
+    assert torch.equal(cifar.test[1].bincount(), torch.full((100,), 100))
+    with pytest.raises(ValueError, match="no folder"):
+        image_data.load_images("imagenot")
+
+
+def test_hugging_face_dataset_by_its_columns(monkeypatch):
+    import types
+
+    import image_data
+
+    class Image_:  # what datasets calls Image and ClassLabel
+        pass
+
+    Image_.__name__ = "Image"
+    label = type("ClassLabel", (), {"num_classes": 3})()
+
+    class Split(list):
+        features = {"img": Image_(), "fine_label": label}
+
+    samples = Split({"img": Image.new("L", (30, 20), 50 * index), "fine_label": index} for index in range(3))
+    module = types.SimpleNamespace(load_dataset=lambda name: {"train": samples, "test": samples})
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    data = image_data.load_images("hf:someone/flowers", 16)
+    assert data.classes == 3
+    assert data.train[0][:, 1, 8, 8].tolist() == [0, 50, 100]
+
+
+def test_cifar100_protocols_and_pairs():
+    import cifar100
+
+    assert len(set(cifar100.PAIRS)) == 12
+    assert {pair.split(":")[1] for pair in cifar100.PAIRS} == {
+        "resnet18",
+        "mobilenetv2",
+        "deit_t",
+        "swin_p",
+        "resmlp_s12",
+    }
+    for name in ("swin_p", "resmlp_s12", "deit_t", "mobilenetv2"):
+        student = cifar100.build_student(name)
+        distiller = Distiller(None, student, "ce", normalized=(cifar100.MEAN, cifar100.STD))
+        assert distiller.taps["student"].size == (224, 224)
+        x = torch.randn(2, 3, 224, 224)  # the models normalise as the loader does, so nothing changes
+        torch.testing.assert_close(distiller.student_inputs(x), x)
+
+
+def test_cifar100_finetunes_and_distils_in_its_shortest_form(tmp_path, monkeypatch, capsys, data_folder):
+    import cifar100
+
+    monkeypatch.setitem(cifar100.TEACHERS, "swin_t", "test_vit3")  # small, and without ImageNet weights
+    real = cifar100.load_model
+
+    def without_weights(name, *, pretrained, **options):
+        return real(name, pretrained=False, **options, **({"img_size": 224} if "vit" in name else {}))
+
+    monkeypatch.setattr(cifar100, "load_model", without_weights)
+    short = ["--epochs", "1", "--images", "16", "--batch-size", "8", "--workers", "0", "--output", str(tmp_path)]
+    for words in (["--finetune", "swin_t"], ["--pair", "swin_t:resnet18", "--method", "kd"]):
+        monkeypatch.setattr(sys, "argv", ["cifar100.py", *words, *short])
+        cifar100.main()
+    assert "top-1" in capsys.readouterr().out
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert row["settings"]["lr"] == 0.05
+    assert row["settings"]["processes"] == 1
+
+
+def test_cifar100_small_is_a_comparison_of_small_models(tmp_path, monkeypatch):
+    import cifar100
+    import compare
+
+    seen = []
+    monkeypatch.setattr(compare, "main", seen.append)
+    monkeypatch.setattr(
+        sys, "argv", ["cifar100.py", "--small", "--pair", "vit_s:mobilenetv2", "--methods", "ce", "uhkd"]
+    )
+    cifar100.main()
+    arguments = compare.parse_arguments(seen[0])
+    assert arguments.pairs == ["vit:mobilenetv2_050"]
+    assert arguments.methods == ["ce", "uhkd"]
+    assert arguments.dataset == "cifar100"
