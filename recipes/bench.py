@@ -1,10 +1,14 @@
 """What hetkd costs, as ratios measured side by side in one run.
 
-    python recipes/bench.py                         # the tap against a plain forward
-    python recipes/bench.py --models timm:resnet18 --repeats 60 --json tap.json
+    python recipes/bench.py tap                     # the tap against a plain forward
+    python recipes/bench.py tap --models timm:resnet18 --repeats 60 --json tap.json
+    python recipes/bench.py loop                    # `fit` on a small data set against the bare step
 
-Plain and tapped forward passes of one model take turns; the figures are medians of their times,
+`tap`: plain and tapped forward passes of one model take turns; the figures are medians of their times,
 the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
+
+`loop`: images a second of `fit`, which draws, augments and accounts for batches of a data set that stays on the
+device as uint8, against the same step (forward of both models, loss, backward, update) on one batch again and again.
 """
 
 import argparse
@@ -15,13 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kornia.augmentation as K
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from hetkd import load_model
+from hetkd import Distiller, load_model
 from hetkd.adapter import find_adapter, probe
 from hetkd.plan import choose_stages
 
@@ -40,8 +45,12 @@ def main() -> None:
     """Measures, prints a table, and writes the rows."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [bench_tap(name, device, arguments) for name in arguments.models]
-    table = Table(title=f"tapped against plain forward, {device}, batch {arguments.batch_size}")
+    if arguments.what == "tap":
+        rows = [bench_tap(name, device, arguments) for name in arguments.models]
+    else:
+        rows = [bench_loop(method, device, arguments) for method in ("ce", "kd", "sfkd")]
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    table = Table(title=f"{arguments.what}, {device}{threads}, batch {arguments.batch_size}")
     for column in rows[0]:
         table.add_column(column, no_wrap=True)
     for row in rows:
@@ -76,6 +85,35 @@ def bench_tap(name: str, device: torch.device, arguments: argparse.Namespace) ->
         "ratio": statistics.median(tapped_times) / statistics.median(plain_times),
         "ratio_quartiles": f"{low:.3f} to {high:.3f}",
         "memory_ratio": memory,
+    }
+
+
+def bench_loop(method: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compares `fit` on small images on the device with the step alone."""
+    batch = arguments.batch_size
+    images = torch.randint(256, (batch * arguments.repeats, 3, 32, 32), dtype=torch.uint8, device=device)
+    labels = torch.randint(100, (len(images),), device=device)
+    teacher = load_model("timm:test_vit", pretrained=False, num_classes=100).to(device)
+    student = load_model("timm:resnet10t", pretrained=False, num_classes=100).to(device)
+    distiller = Distiller(teacher, student, method, input_size={"teacher": 160, "student": 64})
+    optimizer = torch.optim.AdamW(distiller.parameters(), fused=device.type == "cuda")
+
+    def step() -> None:
+        distiller(images[:batch], labels[:batch]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    distiller.train()
+    bare, _ = take_turns(step, lambda: None, arguments.repeats, device)
+    flip = K.RandomHorizontalFlip(p=0.5)
+    result = distiller.fit((images, labels), epochs=2, batch_size=batch, augment=flip, progress=False)
+    again, _ = take_turns(step, lambda: None, arguments.repeats, device)
+    bare_speed, loop_speed = batch / statistics.median(bare + again), result.history[-1]["images_per_second"]
+    return {
+        "method": method,
+        "step_images_per_second": bare_speed,
+        "fit_images_per_second": loop_speed,
+        "ratio": loop_speed / bare_speed,
     }
 
 
@@ -114,6 +152,7 @@ def peak_memory(function: Callable[[], Any], model: nn.Module, images: Tensor) -
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["tap", "loop"], default="tap")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"models that take {PIXELS} px")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)

@@ -63,10 +63,13 @@ def test_quickstart(tmp_path):
 def test_bench(tmp_path):
     import bench
 
-    row = bench.bench_tap("timm:test_resnet", 64, torch.device("cpu"), bench.parse_arguments(["--repeats", "2"]))
+    short = bench.parse_arguments(["tap", "--repeats", "2", "--batch-size", "4"])
+    row = bench.bench_tap("timm:test_resnet", torch.device("cpu"), short)
     assert row["plain_ms"] > 0
     assert 0 < row["ratio"] < 5
     assert row["memory_ratio"] >= 1
+    row = bench.bench_loop("kd", torch.device("cpu"), short)
+    assert 0 < row["fit_images_per_second"] == row["ratio"] * row["step_images_per_second"]
 
 
 def test_coverage(tmp_path):
