@@ -299,7 +299,7 @@ class Distiller(nn.Module):
             val: The same, for `evaluate` after each epoch; ``None`` skips it.
             epochs: Passes over the training data.
             output_dir: Where checkpoints, history and the student go; ``None`` writes nothing.
-            resume: Continue the run in ``output_dir`` after its last whole epoch.
+            resume: Continue the run in ``output_dir`` from its newest whole checkpoint, if there is one.
             **options: Fields of `hetkd.training.TrainingOptions`: ``batch_size``, ``lr``, ``optimizer``,
                 ``mixed_precision``, ``ema``, ``mixup``, ...
 

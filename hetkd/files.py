@@ -31,3 +31,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def _dump(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes the entries of a folder to disk, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,40 +1,64 @@
-"""Checkpoints of a run: best and last student, and everything that is needed to go on."""
+"""The output folder of a run: students, history, and checkpoints that are whole or not there."""
 
+import hashlib
 import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from hetkd.files import write_atomically, write_json
+from hetkd.files import sync_folder, write_atomically, write_json
 from hetkd.models import save_model
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
 HISTORY = "history.json"
 SETTINGS = "settings.json"
-_STATE = "state.pt"
+CHECKPOINTS = "checkpoints"
+_TENSORS, _VALUES, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a training needs to go on.
+
+    Attributes:
+        tensors: Weights, optimizer moments and other tensors, by name.
+        values: Everything else, as JSON values.
+        random: The random states of each process, by its rank.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+    random: dict[int, dict[str, Tensor]]
 
 
 class RunFolder:
     """The output folder of one run.
 
     It holds ``best.safetensors`` and ``last.safetensors`` (plain students), ``history.json``,
-    ``settings.json``, ``plan.txt``, and in ``checkpoint/`` the state of the training after its
-    last whole epoch.
+    ``settings.json``, ``plan.txt``, and in ``checkpoints/`` one folder a checkpoint: tensors as safetensors, the
+    rest as JSON, and a manifest with a checksum of each file.
 
     Args:
         path: The folder.
         resume: Whether a run in it goes on.
+        keep_last: How many checkpoints stay.
 
     Raises:
         FileExistsError: If it holds a run and ``resume`` is false.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool) -> None:
-        self.path = Path(path)
-        self.checkpoint = self.path / "checkpoint"
+    def __init__(self, path: str | Path, *, resume: bool, keep_last: int = 2) -> None:
+        self.path, self.keep_last = Path(path), keep_last
+        self.checkpoints = self.path / CHECKPOINTS
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output_dir={str(path)!r} is a file.")
         if (self.path / SETTINGS).exists() and not resume:
@@ -43,10 +67,12 @@ class RunFolder:
             )
 
     def start(self, settings: dict[str, Any], plan: str) -> None:
-        """Writes what is known before the training."""
+        """Writes what is known before the training, and removes what an interrupted writing left."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / SETTINGS, settings)
         write_atomically(self.path / "plan.txt", lambda temporary: _write_text(temporary, plan + "\n"))
+        for leftover in self.checkpoints.glob(".*.tmp"):
+            shutil.rmtree(leftover)
 
     def save_student(self, student: nn.Module, name: str) -> None:
         """Saves a plain student under ``BEST`` or ``LAST``."""
@@ -56,30 +82,96 @@ class RunFolder:
         """Writes the history so far."""
         write_json(self.path / HISTORY, history)
 
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Replaces the state of the training by a newer one; at every moment one of them is whole."""
-        self.checkpoint.mkdir(exist_ok=True)
-        write_atomically(self.checkpoint / _STATE, lambda temporary: torch.save(state, temporary))
-
     def load_settings(self) -> dict[str, Any] | None:
         """Returns the settings of the run in this folder, or ``None`` if there is none yet."""
         path = self.path / SETTINGS
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def load_state(self) -> dict[str, Any] | None:
-        """Returns the state of the training, or ``None`` if there is none yet.
+    def open_checkpoint(self, number: int) -> Path:
+        """Returns a temporary folder for checkpoint ``number``; the same for every process."""
+        temporary = self.checkpoints / f".{_name(number)}.tmp"
+        temporary.mkdir(parents=True, exist_ok=True)
+        return temporary
+
+    def save_random(self, number: int, rank: int, random: dict[str, Tensor]) -> None:
+        """Writes the random states of one process into the open checkpoint ``number``."""
+        save_file(random, self.open_checkpoint(number) / _random_name(rank))
+
+    def save_checkpoint(self, number: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Completes checkpoint ``number``, which becomes visible in one step, and then removes old ones."""
+        temporary, final = self.open_checkpoint(number), self.checkpoints / _name(number)
+        save_file(tensors, temporary / _TENSORS)
+        (temporary / _VALUES).write_text(json.dumps(values), encoding="utf-8")
+        files = sorted(path for path in temporary.iterdir() if path.name != _MANIFEST)
+        write_json(temporary / _MANIFEST, {path.name: _flushed_checksum(path) for path in files})
+        sync_folder(temporary)
+        if final.exists():  # a damaged one, or one of a run that went on from an older one
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        sync_folder(self.checkpoints)
+        numbers = self._numbers()
+        whole = [other for other in numbers if other <= number][-self.keep_last :]
+        for other in set(numbers) - set(whole):  # old ones, and damaged ones that the run did not go on from
+            shutil.rmtree(self.checkpoints / _name(other))
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """Returns the newest whole checkpoint, or ``None`` if there is none yet.
+
+        A damaged one is reported by a warning, and the one before it used.
 
         Raises:
-            ValueError: If the file is damaged.
+            ValueError: If there are checkpoints, but all are damaged.
         """
-        path = self.checkpoint / _STATE
-        if not path.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise ValueError(f"{path} is damaged ({error}); remove it to start again.") from error
-        return state
+        numbers = self._numbers()
+        for number in reversed(numbers):
+            folder = self.checkpoints / _name(number)
+            try:
+                return _read(folder)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                warnings.warn(
+                    f"{folder} is damaged ({error}); going on from the checkpoint before it.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        if numbers:
+            raise ValueError(f"all checkpoints in {self.checkpoints} are damaged; remove them to start again.")
+        return None
+
+    def _numbers(self) -> list[int]:
+        names: Iterable[str] = (path.name for path in self.checkpoints.glob("step-*"))
+        return sorted(int(name.removeprefix("step-")) for name in names)
+
+
+def _name(number: int) -> str:
+    return f"step-{number:09d}"
+
+
+def _random_name(rank: int) -> str:
+    return f"random-{rank}.safetensors"
+
+
+def _read(folder: Path) -> Checkpoint:
+    manifest: dict[str, str] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    for name, checksum in manifest.items():
+        if _checksum(folder / name) != checksum:
+            raise ValueError(f"{name} has another checksum than when it was written")
+    ranks = [int(name.split("-")[1].split(".")[0]) for name in manifest if name.startswith("random-")]
+    return Checkpoint(
+        load_file(folder / _TENSORS),
+        json.loads((folder / _VALUES).read_text(encoding="utf-8")),
+        {rank: load_file(folder / _random_name(rank)) for rank in ranks},
+    )
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flushed_checksum(path: Path) -> str:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return _checksum(path)
 
 
 def _write_text(path: Path, text: str) -> None:

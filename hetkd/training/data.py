@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hetkd.inputs import InputSpec
+from hetkd.training.random_state import seeded
 
 
 class TensorImages(Dataset[Any]):
@@ -39,17 +41,29 @@ class TensorImages(Dataset[Any]):
 
 
 class TransformedImages(Dataset[Any]):
-    """A dataset of (PIL image, label) or PIL images, with a transform on the images; tensors pass as they are."""
+    """A dataset of (PIL image, label) or PIL images, with a transform on the images; tensors pass as they are.
 
-    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor]) -> None:
-        self.dataset, self.transform = dataset, transform
+    Args:
+        dataset: The images; it may augment them at random itself.
+        transform: From a PIL image to a tensor.
+        seed: In training: what is random about a sample is a pure function of seed, epoch and index.
+            ``None``: nothing is random.
+
+    Attributes:
+        epoch: Set it before each epoch.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], seed: int | None = None) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        image, label = _image_and_label(self.dataset[index])
-        image = image if isinstance(image, Tensor) else self.transform(image)
+        with nullcontext() if self.seed is None else seeded(self.seed, self.epoch, index):
+            image, label = _image_and_label(self.dataset[index])
+            image = image if isinstance(image, Tensor) else self.transform(image)
         return image if label is None else (image, label)
 
 
@@ -77,6 +91,7 @@ def make_loader(
     batch_size: int,
     train: bool,
     num_workers: int,
+    seed: int = 0,
 ) -> Iterable[Any]:
     """Makes a loader of batches of images and labels.
 
@@ -90,6 +105,7 @@ def make_loader(
         batch_size: Images a batch.
         train: Shuffle, drop the last incomplete batch, and crop and flip PIL images at random.
         num_workers: Loading processes.
+        seed: Of what is random about single training images.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -111,7 +127,7 @@ def make_loader(
         )
     _refuse_empty(data, what)
     if not isinstance(data, TensorImages):
-        data = TransformedImages(data, _image_transform(spec, size, train))
+        data = TransformedImages(data, _image_transform(spec, size, train), seed if train else None)
     drop_last = train and len(data) >= batch_size
     return DataLoader(
         data,

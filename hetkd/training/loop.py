@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -19,18 +20,34 @@ from torch.utils.data import DataLoader
 from hetkd.distributed import world_size
 from hetkd.inputs import check_labels
 from hetkd.methods import Method
-from hetkd.training.checkpoint import BEST, LAST, RunFolder
-from hetkd.training.data import TensorImages, images_and_labels, make_loader
+from hetkd.training.checkpoint import BEST, CHECKPOINTS, LAST, Checkpoint, RunFolder
+from hetkd.training.data import TensorImages, TransformedImages, images_and_labels, make_loader
 from hetkd.training.evaluate import eval_loader, measure
 from hetkd.training.options import TrainingOptions
+from hetkd.training.packing import pack_optimizer, unpack_optimizer, with_prefix, without_prefix
 from hetkd.training.progress import TrainingProgress
+from hetkd.training.random_state import random_state, restore_random_state
+from hetkd.training.signals import Signals
 
 if TYPE_CHECKING:
     from hetkd.distiller import Distiller
 
 
-FREE_SETTINGS = {"epochs", "versions", "progress", "log_every", "num_workers", "cpu", "augment"}
-"""What may differ between a run and its resumption."""
+FREE_SETTINGS = {
+    "epochs",
+    "versions",
+    "progress",
+    "log_every",
+    "num_workers",
+    "cpu",
+    "augment",
+    "checkpoint_steps",
+    "checkpoint_minutes",
+    "keep_last",
+}
+"""What may differ between a run and its resumption without a word."""
+OTHER_PROCESSES = {"processes", "effective_batch_size"}
+"""What may differ, and is said."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -73,7 +90,7 @@ def fit(
         raise ValueError("resume=True needs the output_dir of the run to go on with.")
     if checked.warmup_epochs > epochs:
         raise ValueError(f"warmup_epochs={checked.warmup_epochs} is more than epochs={epochs}.")
-    folder = None if output_dir is None else RunFolder(output_dir, resume=resume)
+    folder = None if output_dir is None else RunFolder(output_dir, resume=resume, keep_last=checked.keep_last)
     return _Run(distiller, train, val, epochs, folder, checked).run(resume)
 
 
@@ -93,6 +110,7 @@ class _Run:
         from timm.utils import ModelEmaV3
 
         self.distiller, self.epochs, self.folder, self.options = distiller, epochs, folder, options
+        self.notes: list[str] = []
         train_loader = self._train_loader(train)
         val_loader = None if val is None else eval_loader(distiller, val, 2 * options.batch_size, options.num_workers)
         self.targets = _TargetMaker(options, distiller)
@@ -117,6 +135,9 @@ class _Run:
         self.result = FitResult(output_dir=None if folder is None else folder.path)
         self.first_epoch = 0
         self.update = 0
+        self.steps = 0  # of the whole run: the numbers of checkpoints
+        self.interrupted: _Interrupted | None = None
+        self.saved_at = time.monotonic()
 
     def _train_loader(self, train: Any) -> Iterable[Any]:
         options = self.options
@@ -128,6 +149,7 @@ class _Run:
             batch_size=options.batch_size,
             train=True,
             num_workers=options.num_workers,
+            seed=options.seed,
         )
 
     def _prepared(self, loader: Iterable[Any]) -> Any:
@@ -185,9 +207,15 @@ class _Run:
             if self.folder is not None and self.accelerator.is_main_process:
                 self.folder.start(self._settings(), str(self.distiller.plan))
             show = self.options.progress and self.accelerator.is_main_process
-            with TrainingProgress(self.epochs, self.batches, self.first_epoch, enabled=show) as progress:
-                if self.first_epoch:
-                    progress.note(f"going on after epoch {self.first_epoch}")
+            step = 0 if self.interrupted is None else self.interrupted.step
+            with (
+                TrainingProgress(self.epochs, self.batches, self.first_epoch, step, enabled=show) as progress,
+                Signals(enabled=self.folder is not None) as self.signals,
+            ):
+                for note in self.notes:
+                    progress.note(note)
+                if self.steps:
+                    progress.note(f"going on after epoch {self.first_epoch}" + (f", step {step}" if step else ""))
                 for epoch in range(self.first_epoch, self.epochs):
                     self._epoch(epoch, progress)
             if self.ema is not None:
@@ -201,11 +229,14 @@ class _Run:
         if before is None:
             return
         now = json.loads(json.dumps(self._settings(), default=str))
-        differences = [
-            f"{name} was {before.get(name)!r} and is {value!r}"
+        changed = {
+            name: f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in now.items()
             if name not in FREE_SETTINGS and before.get(name) != value
-        ]
+        }
+        if before.get("processes") != now["processes"]:
+            self.notes += [changed.pop(name) for name in OTHER_PROCESSES & set(changed)]
+        differences = list(changed.values())
         if differences:
             raise ValueError(f"resume=True, but the run in {self.result.output_dir} differs: {'; '.join(differences)}.")
 
@@ -223,9 +254,7 @@ class _Run:
         }
 
     def _epoch(self, epoch: int, progress: TrainingProgress) -> None:
-        start = time.perf_counter()
-        means, images = self._train_epoch(epoch, progress)
-        seconds = time.perf_counter() - start
+        means, images, seconds = self._train_epoch(epoch, progress)
         record = {
             "epoch": float(epoch + 1),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
@@ -243,33 +272,58 @@ class _Run:
             self.result.best = record
         self._save(epoch, student, is_best)
 
-    def _train_epoch(self, epoch: int, progress: TrainingProgress) -> tuple[dict[str, float], int]:
+    def _train_epoch(self, epoch: int, progress: TrainingProgress) -> tuple[dict[str, float], int, float]:
+        """Trains one epoch, or what is left of it; returns means of the terms, images seen, and seconds."""
         from accelerate.utils import set_seed
 
-        # Seeded anew at each epoch, a run that was interrupted goes on as if it had not been.
         set_seed(self.options.seed + epoch * self.accelerator.num_processes, device_specific=True)
         self.model.train()
-        if hasattr(self.train, "set_epoch"):
-            self.train.set_epoch(epoch)
-        terms = _Terms(self.folder)
-        images_seen, since = 0, time.perf_counter()
-        step = 0
-        for step, (images, labels) in enumerate(self._batches(), start=1):
+        part, self.interrupted = self.interrupted or _Interrupted(), None
+        terms = _Terms(self.folder, part.sums, part.count)
+        images_seen, since, step = part.images, time.perf_counter() - part.seconds, part.step
+        for step, (images, labels) in enumerate(self._batches(epoch, part.step), start=part.step + 1):
+            if part.random is not None:  # as it was after the last step before the interruption
+                restore_random_state(part.random)
+                part.random = None
             self._step(epoch, step, images, labels, terms)
             images_seen += len(images)
+            self.steps += 1
             progress.step()
             if step % self.options.log_every == 0:
                 newest = terms.read()
-                progress.show(
-                    epoch, newest, images_seen * self.accelerator.num_processes / (time.perf_counter() - since)
-                )
+                speed = images_seen * self.accelerator.num_processes / (time.perf_counter() - since)
+                progress.show(epoch, newest, speed)
+            if step != self.batches and self._is_due(step):
+                terms.read()
+                seconds = time.perf_counter() - since
+                self._save_checkpoint(epoch, _Interrupted(step, images_seen, seconds, terms.sums, terms.count))
+                self.signals.obey()
         if step == 0:
             raise ValueError("train is empty: its loader yields no batch.")
         terms.read()
-        return terms.means(self.accelerator), images_seen
+        return terms.means(self.accelerator), images_seen, time.perf_counter() - since
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for batch in self.train:
+    def _is_due(self, step: int) -> bool:
+        """Says, alike in all processes, whether a checkpoint is to be written after this step."""
+        if self.folder is None or not self.accelerator.sync_gradients:  # accumulated gradients are not kept
+            return False
+        every = self.options.checkpoint_steps
+        if every is not None and self.steps % every == 0:
+            return True
+        minutes = self.options.checkpoint_minutes
+        wanted = self.signals.received is not None or (
+            minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        )
+        if self.accelerator.num_processes == 1:
+            return wanted
+        if step % self.options.log_every:
+            return False
+        flag = torch.tensor(float(wanted), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum").item() > 0)
+
+    def _batches(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yields the batches of an epoch from number ``skip`` on."""
+        for batch in self._loader(epoch, skip):
             images, labels = images_and_labels(batch)
             if labels is None:
                 self._refuse_missing_labels()
@@ -286,6 +340,22 @@ class _Run:
             raise ValueError("train has no labels: use ce_weight=0 to learn from the teacher alone.")
         if self.targets.mix is not None or self.targets.smoothing:
             raise ValueError("mixup, cutmix and label_smoothing need labels, but train has none.")
+
+    def _loader(self, epoch: int, skip: int) -> Iterable[Any]:
+        from accelerate import skip_first_batches
+
+        dataset = getattr(self.train, "dataset", None)
+        if isinstance(dataset, TransformedImages):
+            dataset.epoch = epoch
+        if hasattr(self.train, "set_epoch"):
+            self.train.set_epoch(epoch)
+        if not skip:
+            return self.train
+        if isinstance(dataset, (TransformedImages, TensorImages)):  # what a batch holds depends on nothing before it
+            rest = skip_first_batches(self.train, skip)
+            rest.set_epoch(epoch)
+            return rest
+        return itertools.islice(self.train, skip, None)
 
     def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor | None, terms: _Terms) -> None:
         images, labels = self.targets(images, labels)
@@ -305,6 +375,7 @@ class _Run:
                 self.ema.update(self.distiller.student, step=self.update)
 
     def _save(self, epoch: int, student: nn.Module, is_best: bool) -> None:
+        """Saves students and history at the end of an epoch, and a checkpoint."""
         if self.folder is None:
             return
         if self.accelerator.is_main_process:
@@ -312,32 +383,87 @@ class _Run:
                 self.folder.save_student(student, BEST)
             self.folder.save_student(student, LAST)
             self.folder.save_history(self.result.history)
-            self.folder.save_state(
-                {
-                    "epoch": epoch + 1,
-                    "update": self.update,
-                    "distiller": self.distiller.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-                    "ema": None if self.ema is None else self.ema.module.state_dict(),
-                    "history": self.result.history,
-                    "best": self.result.best,
-                }
-            )
+        self._save_checkpoint(epoch + 1, _Interrupted())
+        self.signals.obey()
+
+    def _save_checkpoint(self, epoch: int, part: _Interrupted) -> None:
+        """Writes a checkpoint: whole epochs, and as much of the next one as ``part`` says."""
+        assert self.folder is not None
+        if self.accelerator.is_main_process:
+            self.folder.open_checkpoint(self.steps)
         self.accelerator.wait_for_everyone()
+        self.folder.save_random(self.steps, self.accelerator.process_index, random_state())
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            optimizer_tensors, optimizer_values = pack_optimizer(self.optimizer.state_dict())
+            tensors = {
+                **with_prefix("distiller.", self.distiller.state_dict()),
+                **with_prefix("optimizer.", optimizer_tensors),
+                **({} if self.ema is None else with_prefix("ema.", self.ema.module.state_dict())),
+                **({} if part.sums is None else {"terms": part.sums}),
+            }
+            values = {
+                "epoch": epoch,
+                "step": part.step,
+                "images": part.images,
+                "seconds": part.seconds,
+                "count": part.count,
+                "steps": self.steps,
+                "update": self.update,
+                "optimizer": optimizer_values,
+                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+                "history": self.result.history,
+                "best": self.result.best,
+                "settings": self._settings(),
+            }
+            self.folder.save_checkpoint(self.steps, tensors, json.loads(json.dumps(values, default=str)))
+        self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
 
     def _restore(self) -> None:
-        state = None if self.folder is None else self.folder.load_state()
-        if state is None:
+        saved = None if self.folder is None else self.folder.load_checkpoint()
+        if saved is None:
             return
-        self.distiller.load_state_dict(state["distiller"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        self.first_epoch, self.update = state["epoch"], state["update"]
-        self.result.history, self.result.best = state["history"], state["best"]
+        values = saved.values
+        self.distiller.load_state_dict(without_prefix("distiller.", saved.tensors))
+        self.optimizer.load_state_dict(
+            unpack_optimizer(without_prefix("optimizer.", saved.tensors), values["optimizer"])
+        )
+        if self.accelerator.scaler is not None and values["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(without_prefix("ema.", saved.tensors))
+        self.first_epoch, self.update, self.steps = values["epoch"], values["update"], values["steps"]
+        self.result.history, self.result.best = values["history"], values["best"]
+        if values["step"]:
+            self.interrupted = self._interrupted(saved)
+
+    def _interrupted(self, saved: Checkpoint) -> _Interrupted:
+        values, processes = saved.values, self.accelerator.num_processes
+        step, images = values["step"], values["images"]
+        before = values["settings"]["processes"]
+        if before != processes:  # the same part of the epoch, in batches of now
+            step, images = step * before // processes, images * before // processes
+        return _Interrupted(
+            step,
+            images,
+            values["seconds"],
+            saved.tensors["terms"],
+            values["count"],
+            saved.random.get(self.accelerator.process_index) if before == processes else None,
+        )
+
+
+@dataclass
+class _Interrupted:
+    """How far an epoch got before an interruption; by default not at all."""
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    sums: Tensor | None = None
+    count: int = 0
+    random: dict[str, Tensor] | None = None
 
 
 class _TargetMaker:
@@ -379,12 +505,11 @@ class _TargetMaker:
 class _Terms:
     """Collects loss terms on the device, and reads them now and then so that no step waits for it."""
 
-    def __init__(self, folder: RunFolder | None) -> None:
+    def __init__(self, folder: RunFolder | None, sums: Tensor | None, count: int) -> None:
         self.folder = folder
         self.names: list[str] = []
         self.pending: list[tuple[int, int, Tensor]] = []
-        self.sums: Tensor | None = None
-        self.count = 0
+        self.sums, self.count = sums, count
 
     def add(self, epoch: int, step: int, terms: dict[str, Tensor]) -> None:
         self.names = list(terms)
@@ -399,7 +524,8 @@ class _Terms:
         if self.pending:
             values = torch.stack([terms for _, _, terms in self.pending]).cpu().double()
             self._check(values)
-            self.sums = values.sum(0) if self.sums is None else self.sums + values.sum(0)
+            for row in values:  # one by one, so that it does not matter when they are read
+                self.sums = row.clone() if self.sums is None else self.sums + row
             self.count += len(values)
             self.newest = dict(zip(self.names, values[-1].tolist(), strict=True))
             self.pending = []
@@ -411,7 +537,7 @@ class _Terms:
             return
         row, column = bad[0].tolist()
         epoch, step, _ = self.pending[row]
-        kept = "" if self.folder is None else f" The last good checkpoint is in {self.folder.path}."
+        kept = "" if self.folder is None else f" The last good checkpoint is in {self.folder.path / CHECKPOINTS}."
         raise TrainingDiverged(
             f"the loss term {self.names[column]!r} is {values[row, column].item()} at epoch {epoch + 1}, step {step}: "
             f"try a lower lr, clip_grad=1.0, or mixed_precision='no'.{kept}"

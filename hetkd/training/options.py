@@ -40,6 +40,10 @@ class TrainingOptions:
         num_workers: Processes that load data that is not a loader.
         seed: Of data order, augmentation and initialisation of what is made in the run.
         cpu: Train on the CPU although there is an accelerator.
+        checkpoint_steps: Steps between checkpoints within an epoch; ``None``: only as ``checkpoint_minutes``
+            says. One is always written at the end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
+        checkpoint_minutes: Minutes after which a checkpoint is written within an epoch, or ``None``.
+        keep_last: How many checkpoints are kept; the one before the last serves where the last is damaged.
         progress: Show a progress bar and a line an epoch.
         log_every: Steps between readings of the loss, and looks for NaN.
     """
@@ -66,17 +70,22 @@ class TrainingOptions:
     num_workers: int = 0
     seed: int = 0
     cpu: bool = False
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float | None = 10.0
+    keep_last: int = 2
     progress: bool = True
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation", "log_every"):
+        for name in ("batch_size", "gradient_accumulation", "log_every", "keep_last", "checkpoint_steps"):
             value = getattr(self, name)
+            if name == "checkpoint_steps" and value is None:
+                continue
             if not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
         for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "mixup", "cutmix", "num_workers"):
             not_negative(name, getattr(self, name))
-        for name in ("lr", "warmup_lr", "clip_grad"):
+        for name in ("lr", "warmup_lr", "clip_grad", "checkpoint_minutes"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
         if self.ema is not None and not 0 < self.ema < 1:

@@ -15,10 +15,11 @@ class TrainingProgress:
         epochs: Of the run.
         steps: Of an epoch, or ``None`` if the loader does not say.
         first_epoch: Where it starts, after a resume.
+        first_step: Steps of this epoch that are done already.
         enabled: False shows nothing.
     """
 
-    def __init__(self, epochs: int, steps: int | None, first_epoch: int, *, enabled: bool) -> None:
+    def __init__(self, epochs: int, steps: int | None, first_epoch: int, first_step: int = 0, *, enabled: bool) -> None:
         self._epochs = epochs
         self._console = Console(quiet=not enabled, highlight=False)
         self._bar = Progress(
@@ -33,7 +34,7 @@ class TrainingProgress:
             disable=not enabled or not self._console.is_terminal,
         )
         total = None if steps is None else steps * epochs
-        done = 0 if steps is None else steps * first_epoch
+        done = first_step if steps is None else steps * first_epoch + first_step
         self._task: TaskID = self._bar.add_task(
             "", total=total, completed=done, epoch=first_epoch + 1, terms="", speed=0.0
         )
