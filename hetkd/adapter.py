@@ -147,7 +147,7 @@ class HookAdapter(Adapter):
         with tapped(model, stages) as outputs:
             output = self.call(model, images)
         maps = tuple(self.to_map(outputs.of(name), model, images) for name in stages)
-        logits, distillation_logits = output_logits(output), distillation_token_logits(model, output)
+        logits, distillation_logits = class_and_distillation_logits(model, output)
         pooled = getattr(output, "pooler_output", None) if logits is None else outputs.classifier_input
         return Features(logits, maps, pooled, distillation_logits)
 
@@ -253,17 +253,30 @@ def output_logits(output: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) and logits.ndim == 2 else None
 
 
-def distillation_token_logits(model: nn.Module, output: Any) -> Tensor | None:
-    """Returns what the second classifier of a model with a distillation token says in training, or ``None``.
+@contextmanager
+def both_classifiers(model: Any, *, enabled: bool) -> Iterator[None]:
+    """Lets both classifiers of a model with a distillation token answer in training while the context lasts.
 
-    In evaluation such models average both classifiers into one.
+    timm's models have a flag ``distilled_training`` for it, which is also set on Hugging Face's.
     """
-    if not model.training:
-        return None
-    if getattr(model, "distilled_training", False) and isinstance(output, tuple):  # timm's
-        logits = output[1]
-        return logits if isinstance(logits, Tensor) else None
-    return getattr(output, "distillation_logits", None)  # Hugging Face's
+    has_two = hasattr(model, "distilled_training") or hasattr(model, "distillation_classifier")
+    before = getattr(model, "distilled_training", False)
+    if has_two:
+        model.distilled_training = enabled
+    try:
+        yield
+    finally:
+        if has_two:
+            model.distilled_training = before
+
+
+def class_and_distillation_logits(model: nn.Module, output: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the logits in a model's output, and within `both_classifiers` those of its distillation token too."""
+    if not (model.training and getattr(model, "distilled_training", False)):
+        return output_logits(output), None
+    if isinstance(output, tuple):  # timm's
+        return output_logits(output), output_logits(output[1:])
+    return output.cls_logits, output.distillation_logits  # Hugging Face's
 
 
 def find_classifier(model: Any) -> nn.Module | None:

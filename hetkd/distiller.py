@@ -19,22 +19,22 @@ from hetkd.adapter import (
     Probe,
     Stage,
     StagePair,
+    both_classifiers,
     find_adapter,
     probe,
 )
+from hetkd.distributed import world_size
 from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, check_labels, input_spec
 from hetkd.methods import Combined, Method, MultiTeacher, make_method
 from hetkd.methods.feature import count_parameters
 from hetkd.models import architecture_name, copy_label_names, load_model, save_model, tapped_module, unwrap
 from hetkd.names import unknown_name
-from hetkd.plan import Plan, PlanRow, StageChoice, chosen_names, chosen_pairs, pair_stages
+from hetkd.plan import POOLED, Plan, PlanRow, StageChoice, chosen_names, chosen_pairs, pair_stages
 
 if TYPE_CHECKING:
     from hetkd.training.loop import FitResult
 
 Size = int | tuple[int, int]
-POOLED = "pooled"
-"""The stage that is the vector before the classifier."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         teachers: list[Any] = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+        if not teachers:
+            raise ValueError("teacher=[] is an empty list: give one teacher or several.")
         made = _make_method(method, method_options, len(teachers), teacher_weights)
         sizes = _sizes(input_size)
         taps = _teacher_taps(teachers, made, sizes.get("teacher"), normalized)
@@ -146,9 +148,6 @@ class Distiller(nn.Module):
         student.select([pair.student.name for pair in method.pairs or ()])
         for tap, part in zip(self._teachers, parts, strict=False):
             tap.select(part.teacher_stages())
-        train_both_classifiers: Any = getattr(student.model, "set_distilled_training", None)
-        if method.uses_distillation_token and callable(train_both_classifiers):
-            train_both_classifiers(True)  # timm's: both classifiers answer in training
 
     def _pair_with(self, teacher: Tap, method: Any, stages: Sequence[StageChoice] | None) -> list[StagePair]:
         """Chooses the stage pairs of one teacher."""
@@ -252,13 +251,19 @@ class Distiller(nn.Module):
             ValueError: If images have a wrong rank, channel count or range, or labels a wrong shape or range.
         """
         self._check(images, labels)
+        if self.training and self.method.needs_batch and len(images) * world_size() < 2:
+            raise ValueError(
+                f"a batch of one image has no statistics, which {self.method.title} needs: use larger batches "
+                "(drop_last=True for the last one)."
+            )
         targets: dict[str, Tensor] = {}
         teacher_logits = None
         if self._teachers:
             with torch.no_grad():
                 features = [teacher.run(images) for teacher in self._teachers]
                 targets, teacher_logits = self.method.encode(*features), _joint_logits(features)
-        student = self._student.run(images)
+        with both_classifiers(self._student.model, enabled=self.method.uses_distillation_token):
+            student = self._student.run(images)
         terms = self.method(student, targets, labels)
         if not terms:
             raise ValueError("there is nothing to learn from: no labels, and the method has no term without them.")
@@ -529,11 +534,11 @@ def _pooled_pair(teacher: Tap, student: Tap) -> StagePair | None:
 
 
 def _joint_logits(features: Sequence[Features]) -> Tensor | None:
-    """Returns the teacher's logits; of several the logarithm of their mean probabilities."""
+    """Returns the teacher's logits; of several those whose softmax is the mean of their probabilities."""
     logits = [of_teacher.logits for of_teacher in features if of_teacher.logits is not None]
     if len(logits) < len(features) or len({x.shape for x in logits}) > 1:
         return None
-    return logits[0] if len(logits) == 1 else torch.stack([x.softmax(1) for x in logits]).mean(0).log()
+    return logits[0] if len(logits) == 1 else torch.stack([x.log_softmax(1) for x in logits]).logsumexp(0)
 
 
 def _check_classes(teacher: Tap, student: Tap) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from hetkd.adapter import Stage, StagePair, find_stage
 
 STAGE_COUNT = 4
+POOLED = "pooled"
+"""The stage that is the vector before the classifier; it is at no depth."""
 _FEW_GRIDS = 2
 StageChoice = int | str | tuple[int | str, int | str]
 
@@ -95,6 +97,8 @@ def _resolve(
         return automatic[_row(choice, len(automatic))]
     if isinstance(choice, str):
         chosen = find_stage("student stage", choice, student)
+        if choice == POOLED:
+            return StagePair(find_stage("teacher stage", POOLED, teacher), chosen)
         return StagePair(_at_depth(listed[0], _depth(chosen, student, listed[1])), chosen)
     if not isinstance(choice, (tuple, list)) or len(choice) != 2:
         raise TypeError(f"stages has {choice!r}; use rows, names or (teacher, student) pairs.")

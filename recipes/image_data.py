@@ -158,9 +158,9 @@ def _decode(samples: Iterable[tuple[Any, int]], count: int, pixels: int, name: s
             f"--dataset {name!r} takes {count * 3 * pixels**2 >> 30} GB at {pixels} px: use fewer --pixels."
         )
     transform: Callable[[Any], Tensor] = v2.Compose(
-        [v2.PILToTensor(), v2.RGB(), v2.Resize(pixels, antialias=True), v2.CenterCrop(pixels)]
+        [v2.PILToTensor(), v2.Resize(pixels, antialias=True), v2.CenterCrop(pixels)]
     )
     images, labels = torch.empty(count, 3, pixels, pixels, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
     for index, (image, label) in enumerate(samples):
-        images[index], labels[index] = transform(image), label
+        images[index], labels[index] = transform(image.convert("RGB")), label
     return images, labels

@@ -38,7 +38,7 @@ from hetkd.methods.cc import CC as CorrelationCongruence
 from hetkd.methods.crd import Memory
 from hetkd.methods.dkd import decoupled_parts
 from hetkd.methods.matching import standardize_batch
-from hetkd.methods.ofa import enhanced_loss, exit_branch
+from hetkd.methods.ofa import convolutional_exit, enhanced_loss, token_exit
 from hetkd.methods.rkd import angles, distances
 from hetkd.methods.rsd import redundancy
 
@@ -147,6 +147,28 @@ class TestDeiT:
         assert terms["ce"].item() == pytest.approx(0.5 * F.cross_entropy(student, labels).item())
         assert terms["hard"].item() == pytest.approx(0.5 * F.cross_entropy(student, teacher.argmax(1)).item())
 
+    def test_hugging_face_student_with_a_distillation_token(self):
+        from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+        config = DeiTConfig(
+            image_size=32,
+            patch_size=8,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            num_labels=10,
+        )
+        student = DeiTForImageClassificationWithTeacher(config)
+        distiller = Distiller(tiny_cnn(), student, "deit", input_size=32).train()
+        images, labels = batch()
+        terms = distiller(images, labels).terms
+        output = student(distiller.student_inputs(images))
+        expected = 0.5 * F.cross_entropy(output.cls_logits, labels)
+        torch.testing.assert_close(terms["ce"], expected)
+        terms["hard"].backward()
+        assert student.cls_classifier.weight.grad is None
+
     def test_distillation_token_learns_from_the_teacher_and_the_class_token_from_labels(self):
         student = timm.create_model(
             "deit_tiny_distilled_patch16_224",
@@ -165,6 +187,7 @@ class TestDeiT:
         assert student.head.weight.grad is None
         distiller(images, labels).terms["ce"].backward()
         assert student.head.weight.grad.abs().sum() > 0
+        assert not student.distilled_training  # as it was
         student.eval()
         inputs = distiller.student_inputs(images)
         torch.testing.assert_close(distiller.predict(images), student(inputs))
@@ -316,13 +339,17 @@ class TestOFA:
     def test_exits_of_shrinking_and_of_isotropic_students(self):
         shrinking = [Stage(f"s{i}", 8 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)]
         for index, stage in enumerate(shrinking):
-            branch = exit_branch(stage, shrinking[index + 1 :], 96, 10)
+            branch = convolutional_exit(stage, 3 - index, 96, 10)
             assert branch(torch.randn(2, stage.channels, *stage.grid)).shape == (2, 10)
-            assert not any(isinstance(module, nn.MultiheadAttention) for module in branch.modules())
         isotropic = [Stage(f"blocks.{i}", 24, 4, 4) for i in range(4)]
-        blocks = [exit_branch(stage, isotropic[i + 1 :], 24, 10) for i, stage in enumerate(isotropic)]
-        assert [len(getattr(branch[0], "blocks", [])) for branch in blocks] == [3, 2, 1, 0]
+        blocks = [token_exit(stage, 3 - i, 10) for i, stage in enumerate(isotropic)]
+        assert [len(branch[0].blocks) for branch in blocks] == [3, 2, 1, 1]
         assert all(branch(torch.randn(2, 24, 4, 4)).shape == (2, 10) for branch in blocks)
+
+    def test_exits_are_as_large_as_the_authors(self):
+        student = timm.create_model("deit_tiny_patch16_224")
+        added = Distiller(timm.create_model("convnext_atto"), student, "ofa").plan.added_parameters
+        assert added == pytest.approx(4.5e6, rel=0.02)  # published for DeiT-T, with 1,000 classes
 
     def test_teacher_maps_are_not_taken(self):
         distiller = Distiller(tiny_vit(), tiny_cnn(), "ofa", input_size=32)
@@ -468,6 +495,8 @@ def test_feature_methods_without_labels_and_without_logits(method):
 def test_pooled_vectors_are_a_stage_by_name():
     distiller = Distiller(tiny_vit(), tiny_cnn(), "rsd", input_size=32)
     assert [(row.stage, row.teacher, row.student) for row in distiller.plan.rows] == [("pooled", "pooled", "pooled")]
+    by_name = Distiller(tiny_vit(), tiny_cnn(), ["rsd", "rkd"], stages=["pooled"], input_size=32)
+    assert [row.teacher for row in by_name.plan.rows] == ["pooled", "pooled"]
     at_stages = Distiller(tiny_vit(), tiny_cnn(), "rsd", stages=[2, 3], input_size=32)
     assert len(at_stages.method.pairs) == 2
     of_sfkd = Distiller(tiny_vit(), tiny_cnn(), "sfkd", stages=[3, ("pooled", "pooled")], input_size=32)
@@ -496,9 +525,27 @@ class TestCombined:
         weighted = Distiller(tiny_vit(), tiny_cnn(), Combined(["dist", "rkd"], weights=[2, 0.5]), input_size=32)
         images, labels = batch()
         first, second = plain(images, labels).terms, weighted(images, labels).terms
-        torch.testing.assert_close(second["ce"], 2 * first["ce"])  # the largest weight that it has in a part
+        torch.testing.assert_close(second["ce"], first["ce"])
         torch.testing.assert_close(second["dist"], 2 * first["dist"])
         torch.testing.assert_close(second["rkd.pooled"], 0.5 * first["rkd.pooled"])
+
+    def test_methods_of_the_user_are_left_as_they_were(self):
+        kd, sfkd = KD(), SFKD()
+        Distiller(tiny_vit(), tiny_cnn(), [kd, sfkd], input_size=32)
+        assert kd.kd_weight == sfkd.kd_weight == sfkd.ce_weight == 1
+        assert sfkd.pairs is None
+        with pytest.raises(ValueError, match="serves another Distiller"):
+            Combined([Distiller(tiny_vit(), tiny_cnn(), kd, input_size=32).method, "rsd"])
+
+    def test_logit_losses_of_ones_own_stay_themselves(self):
+        class Own(KD):
+            def logit_loss(self, student, teacher, labels):
+                return student.logits.sum() * 0 + 12345
+
+        terms = Distiller(tiny_vit(), tiny_cnn(), [Own(), "rsd"], input_size=32)(*batch()).terms
+        assert terms["kd"].item() == 12345
+        with pytest.raises(ValueError, match="two methods have a term 'kd'"):
+            Distiller(tiny_vit(), tiny_cnn(), [Own(), Combined([KD(), "at"])], input_size=32)(*batch())
 
     def test_stages_of_the_user_are_those_of_all_parts(self):
         distiller = Distiller(tiny_vit(), tiny_cnn(), ["uhkd", "fitnet", "dkd"], stages=[-1], input_size=32)
@@ -599,7 +646,30 @@ class TestSeveralTeachers:
             Distiller(tiny_vit(), tiny_cnn(), ["kd", "rsd"], temperature=2.0, input_size=32)
 
 
+@pytest.mark.parametrize("method", ["rkd", "cc", "rsd", "dist", "crd", "ofa", "sfkd", "uhkd"])
+def test_a_batch_of_one_is_refused_in_training(method):
+    distiller = Distiller(tiny_vit(), tiny_cnn(), method, input_size=32)
+    with pytest.raises(ValueError, match="a batch of one image"):
+        distiller(*batch(1))
+
+
+def test_crd_at_a_low_temperature_stays_finite():
+    method = CRD(contrast_temperature=0.005)
+    student, teacher = vectors(8)
+    assert compared(method, student, teacher, torch.arange(8)).isfinite()
+    assert method.memories[0].log_scale.isfinite().all()
+
+
 def test_bad_options_are_refused():
+    for method in (DKD, DIST, DeiT):
+        with pytest.raises(ValueError, match="kd_weight=0 leaves method"):
+            method(kd_weight=0)
+    with pytest.raises(ValueError, match="distance_weight and angle_weight are all 0"):
+        RKD(distance_weight=0, angle_weight=0)
+    with pytest.raises(ValueError, match=r"negatives=0\.5"):
+        CRD(negatives=0.5)
+    with pytest.raises(ValueError, match="empty list"):
+        Distiller([], tiny_cnn(), "kd")
     with pytest.raises(ValueError, match="alpha=-1"):
         DKD(alpha=-1)
     with pytest.raises(ValueError, match="scores 'logit'"):

@@ -246,7 +246,7 @@ class TestWithoutLabels:
         data = {
             "tensor": lambda: self.images,
             "dataset": lambda: [to_pil_image(image) for image in self.images],
-            "loader": lambda: DataLoader(self.images, batch_size=8),
+            "loader": lambda: DataLoader(TensorDataset(self.images), batch_size=8),
             "folder": lambda: self.as_folder(tmp_path / "images"),
         }[kind]()
         distiller = self.distiller()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, distillation_token_logits, find_classifier, output_logits, tapped
+from hetkd.adapter import Features, class_and_distillation_logits, find_classifier, tapped
 
 
 def library(model: nn.Module) -> str | None:
@@ -73,7 +73,8 @@ def run_timm(
     ordered = tuple(maps[stage] for stage in stages)
     if find_classifier(model) is None:
         return Features(None, ordered, output if isinstance(output, Tensor) and output.ndim == 2 else None)
-    return Features(output_logits(output), ordered, outputs.classifier_input, distillation_token_logits(model, output))
+    logits, distillation_logits = class_and_distillation_logits(model, output)
+    return Features(logits, ordered, outputs.classifier_input, distillation_logits)
 
 
 def _is_another_map(final: Tensor, last: Tensor) -> bool:

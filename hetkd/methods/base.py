@@ -273,6 +273,26 @@ def not_negative(name: str, value: float) -> float:
     return value
 
 
+def whole_number(name: str, value: int) -> int:
+    """Returns ``value``; raises ValueError unless it is a whole number of at least 1."""
+    if not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+    return value
+
+
+def needed_kd_weight(method: str, kd_weight: float) -> float:
+    """Returns ``kd_weight``; raises ValueError for a 0 that would leave a method on logits without its only term."""
+    if kd_weight == 0:
+        raise ValueError(f"kd_weight=0 leaves method {method!r} without a teacher; use method 'ce'.")
+    return kd_weight
+
+
+def one_positive(**values: float) -> None:
+    """Raises ValueError if all values are 0."""
+    if not any(values.values()):
+        raise ValueError(f"{' and '.join(values)} are all 0, which leaves nothing to compare.")
+
+
 def positive(name: str, value: float) -> float:
     """Returns ``value``; raises ValueError unless it is positive."""
     if not value > 0:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetkd.adapter import StagePair
-from hetkd.methods.base import positive, register_method
+from hetkd.methods.base import positive, register_method, whole_number
 from hetkd.methods.feature import PooledMethod, count_parameters
 from hetkd.names import choice
 
@@ -61,9 +61,9 @@ class CC(PooledMethod):
             feature_weight=feature_weight, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature
         )
         self.form = choice("form", form, ["neighbours", "kernel"])
-        self.width = int(positive("width", width))
+        self.width = whole_number("width", width)
         self.gamma = positive("gamma", gamma)
-        self.order = int(positive("order", order))
+        self.order = whole_number("order", order)
 
     @property
     def needs_batch(self) -> bool:

@@ -1,5 +1,6 @@
 """Several methods at once, and several teachers at once."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ class Composite(Method):
     @property
     def title(self) -> str:
         """The parts as the plan names them."""
-        return " + ".join([*(["KD"] if self.kd_weight else []), *(part.title for part in self.methods)])
+        return " + ".join([*(["KD"] if self.kd_weight else []), *(part.title for part in self.methods)]) or "CE"
 
     @property
     def needs_batch(self) -> bool:
@@ -131,7 +132,10 @@ class Composite(Method):
         for number, part, share in self._shares():
             own = Features(student.logits, student.maps[share], student.pooled, student.distillation_logits)
             for name, term in part(own, self._targets_of(number, targets), labels).items():
-                terms[self._term_name(number, name)] = self.weights[number] * term
+                full_name = self._term_name(number, name)
+                if full_name in terms or (self.kd_weight and full_name == self.logit_term):
+                    raise ValueError(f"two methods have a term {full_name!r}: give one of them another name.")
+                terms[full_name] = self.weights[number] * term
         return terms
 
     def _term_name(self, number: int, name: str) -> str:
@@ -149,8 +153,8 @@ class Combined(Composite):
     its weights: the cross-entropy with the labels, and the KL divergence to the teacher's logits.
 
     Args:
-        methods: Names or `Method` objects, of different classes.
-        weights: A factor for each method's terms; ``None``: 1 each.
+        methods: Names or `Method` objects, of different classes; objects are copied.
+        weights: A factor for each method's terms except the cross-entropy; ``None``: 1 each.
 
     Raises:
         ValueError: If there are no methods, one occurs twice, weights are not as many or not
@@ -159,23 +163,25 @@ class Combined(Composite):
     """
 
     def __init__(self, methods: Sequence[str | Method], weights: Sequence[float] | None = None) -> None:
-        made = [make_method(method, {}) for method in methods]
+        made = [copy.deepcopy(make_method(method, {})) for method in methods]
+        if any(method.pairs is not None for method in made):
+            raise ValueError("method has one that serves another Distiller already; make a new one.")
         factors = _checked_weights("weights", weights, len(made), "methods", default=1.0)
         names = [type(method).__name__ for method in made]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(
                 f"method has {', '.join(sorted(twice))} more than once; give it one larger weight instead."
             )
-        with_kl = [(w, m) for w, m in zip(factors, made, strict=True) if m.logit_term == "kd" and m.kd_weight]
+        with_kl = [(w, m) for w, m in zip(factors, made, strict=True) if _has_plain_kl(m)]
         if len({m.temperature for _, m in with_kl}) > 1:
             raise ValueError(
                 "the methods have KL divergences of different temperature: set kd_weight=0 in all but one."
             )
-        ce_weight = max(w * m.ce_weight for w, m in zip(factors, made, strict=True))
+        ce_weight = max(method.ce_weight for method in made)
         kd_weight = max((w * m.kd_weight for w, m in with_kl), default=0.0)
         for _, method in with_kl:
             method.kd_weight = 0.0
-        rest = [(w, m) for w, m in zip(factors, made, strict=True) if not isinstance(m, (CE, KD))]
+        rest = [(w, m) for w, m in zip(factors, made, strict=True) if type(m) not in (CE, KD)]
         super().__init__(
             [m for _, m in rest],
             [w for w, _ in rest],
@@ -261,6 +267,10 @@ class MultiTeacher(Composite):
 
     def _term_name(self, number: int, name: str) -> str:
         return f"teacher{number}.{name}"
+
+
+def _has_plain_kl(method: Method) -> bool:
+    return method.kd_weight > 0 and type(method).logit_loss is Method.logit_loss
 
 
 def _checked_weights(

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetkd.adapter import StagePair
-from hetkd.distributed import gather_over_processes, sum_over_processes, world_size
-from hetkd.methods.base import positive, register_method
+from hetkd.distributed import gather_over_processes, world_size
+from hetkd.methods.base import positive, register_method, whole_number
 from hetkd.methods.feature import PooledMethod, count_parameters
 
 
@@ -57,8 +57,8 @@ class CRD(PooledMethod):
         super().__init__(
             feature_weight=feature_weight, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature
         )
-        self.negatives = int(positive("negatives", negatives))
-        self.width = int(positive("width", width))
+        self.negatives = whole_number("negatives", negatives)
+        self.width = whole_number("width", width)
         self.contrast_temperature = positive("contrast_temperature", contrast_temperature)
 
     @property
@@ -135,8 +135,9 @@ class Memory(nn.Module):
         return serial
 
     def _log_scale(self, side: int, similarity: Tensor) -> Tensor:
-        mean = sum_over_processes(similarity.exp().mean()) / world_size()
-        scale = torch.where(self.log_scale[side].isnan(), mean.log(), self.log_scale[side])
+        log_sum = gather_over_processes(similarity.logsumexp((0, 1)).unsqueeze(0)).logsumexp(0)
+        log_mean = log_sum - math.log(similarity.numel() * world_size())
+        scale = torch.where(self.log_scale[side].isnan(), log_mean, self.log_scale[side])
         if self.training:
             self.log_scale[side] = scale
         return scale

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetkd.adapter import Features
-from hetkd.methods.base import Method, register_method, student_logits
+from hetkd.methods.base import Method, needed_kd_weight, register_method, student_logits
 
 
 @register_method("deit")
@@ -26,7 +26,7 @@ class DeiT(Method):
     uses_distillation_token = True
 
     def __init__(self, *, ce_weight: float = 0.5, kd_weight: float = 0.5) -> None:
-        super().__init__(ce_weight=ce_weight, kd_weight=kd_weight)
+        super().__init__(ce_weight=ce_weight, kd_weight=needed_kd_weight("deit", kd_weight))
 
     def describe_logits(self) -> str:
         """Returns what the plan says of the logits."""

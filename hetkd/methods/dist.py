@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hetkd.adapter import Features
 from hetkd.distributed import gather_over_processes
-from hetkd.methods.base import Method, not_negative, register_method, student_logits
+from hetkd.methods.base import Method, needed_kd_weight, not_negative, one_positive, register_method, student_logits
 from hetkd.names import choice
 
 
@@ -43,7 +43,8 @@ class DIST(Method):
         kd_weight: float = 1.0,
         temperature: float = 1.0,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature)
+        super().__init__(ce_weight=ce_weight, kd_weight=needed_kd_weight("dist", kd_weight), temperature=temperature)
+        one_positive(beta=beta, gamma=gamma)
         self.beta = not_negative("beta", beta)
         self.gamma = not_negative("gamma", gamma)
         self.scores = choice("scores", scores, ["probabilities", "logits"])

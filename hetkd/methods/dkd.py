@@ -5,7 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetkd.adapter import Features
-from hetkd.methods.base import Method, not_negative, register_method, student_logits, target_classes
+from hetkd.methods.base import (
+    Method,
+    needed_kd_weight,
+    not_negative,
+    one_positive,
+    register_method,
+    student_logits,
+    target_classes,
+)
+
+_NEVER = -1e9
 
 
 @register_method("dkd")
@@ -40,7 +50,8 @@ class DKD(Method):
         kd_weight: float = 1.0,
         temperature: float = 1.0,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature)
+        super().__init__(ce_weight=ce_weight, kd_weight=needed_kd_weight("dkd", kd_weight), temperature=temperature)
+        one_positive(alpha=alpha, beta=beta)
         self.alpha = not_negative("alpha", alpha)
         self.beta = not_negative("beta", beta)
 
@@ -59,16 +70,16 @@ class DKD(Method):
 
 def decoupled_parts(student: Tensor, teacher: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """Returns TCKD and NCKD ``[B]`` of logits ``[B, classes]``, whose target classes are ``classes`` ``[B]``."""
-    is_target = F.one_hot(classes, student.shape[1]).bool()
-    (binary_s, others_s), (binary_t, others_t) = (_decoupled(logits, is_target) for logits in (student, teacher))
+    (binary_s, others_s), (binary_t, others_t) = (_decoupled(logits, classes) for logits in (student, teacher))
     return (
         F.kl_div(binary_s, binary_t, reduction="none", log_target=True).sum(1),
         F.kl_div(others_s, others_t, reduction="none", log_target=True).sum(1),
     )
 
 
-def _decoupled(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the log-probabilities of (target, not target) ``[B, 2]`` and among the others ``[B, classes - 1]``."""
-    others = logits[~is_target].unflatten(0, (len(logits), -1))
-    binary = torch.stack([logits[is_target], others.logsumexp(1)], dim=1)
+def _decoupled(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the log-probabilities of (target, not target) ``[B, 2]``, and among the others ``[B, classes]``."""
+    target = logits.gather(1, classes.unsqueeze(1))
+    others = logits.scatter(1, classes.unsqueeze(1), _NEVER)  # finite, for 0 times infinity is no number
+    binary = torch.cat([target, others.logsumexp(1, keepdim=True)], dim=1)
     return F.log_softmax(binary, dim=1), F.log_softmax(others, dim=1)

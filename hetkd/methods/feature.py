@@ -125,6 +125,10 @@ class PooledMethod(FeatureMethod):
 
     automatic_stages: ClassVar[int] = 1
 
+    def default_stage_weights(self, count: int) -> list[float]:
+        """Returns 1 for each stage pair."""
+        return [1.0] * count
+
     def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
         """Returns the pair of vectors before both classifiers; see `Method.automatic_pairs`."""
         return [] if pooled is None else [pooled]

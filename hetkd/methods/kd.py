@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hetkd.adapter import Features
-from hetkd.methods.base import Method, Targets, register_method
+from hetkd.methods.base import Method, Targets, needed_kd_weight, register_method
 
 
 @register_method("ce")
@@ -41,11 +41,4 @@ class KD(Method):
     """
 
     def __init__(self, *, ce_weight: float = 1.0, kd_weight: float = 1.0, temperature: float = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight, kd_weight=positive_kd_weight(kd_weight), temperature=temperature)
-
-
-def positive_kd_weight(kd_weight: float) -> float:
-    """Refuses a KD without its only term."""
-    if kd_weight == 0:
-        raise ValueError("kd_weight=0 leaves method 'kd' without a teacher; use method 'ce'.")
-    return kd_weight
+        super().__init__(ce_weight=ce_weight, kd_weight=needed_kd_weight("kd", kd_weight), temperature=temperature)

@@ -1,5 +1,6 @@
 """OFA-KD: student exits that learn from the teacher's logits (arXiv 2310.19444)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,10 +22,11 @@ class OFA(FeatureMethod):
 
     .. math:: L_{ofa} = -\sum_c \big( (p^t_c + y_c)^g - y_c \big) \log p^s_c
 
-    which for g > 1 gives the target class more weight. The teacher's features are not used. An exit has one block
-    for each later stage: of a hierarchical student a strided separable convolution, of an isotropic one a
-    transformer block; then pooling and a linear layer. Labels that are probabilities count as their likeliest
-    class; without labels the teacher's stands in.
+    which for g > 1 gives the target class more weight. The teacher's features are not used. An exit has a block for
+    each later stage: of a student whose grids shrink a strided separable convolution, of one whose grids stay a
+    transformer block (at least one, on patches merged to about 7 x 7); then pooling and a linear layer. The authors
+    give Swin and MLP students that shrink transformer blocks too. Labels that are probabilities count as their
+    likeliest class; without labels the teacher's stands in.
 
     Args:
         gamma: g, of all exits and the logits.
@@ -69,6 +71,11 @@ class OFA(FeatureMethod):
         """Whether the final logits learn, beside the exits."""
         return self.ce_weight > 0 or self.kd_weight > 0
 
+    @property
+    def needs_batch(self) -> bool:
+        """True: the exits have batch norms, and may end on one pixel."""
+        return True
+
     def default_stage_weights(self, count: int) -> list[float]:
         """Returns 1 for each stage."""
         return [1.0] * count
@@ -84,9 +91,16 @@ class OFA(FeatureMethod):
             raise ValueError("method 'ofa' learns logits, but the student has no classifier: use num_classes=...")
         stages = [pair.student for pair in pairs]
         width = max(stages[-1].channels, pairs[-1].teacher.channels)
-        self.exits = nn.ModuleList(
-            exit_branch(stage, stages[index + 1 :], width, self.classes) for index, stage in enumerate(stages)
-        )
+        is_isotropic = len({stage.grid for stage in stages}) == 1 < len(stages)
+        exits = []
+        for index, stage in enumerate(stages):
+            later = len(stages) - 1 - index
+            exits.append(
+                token_exit(stage, later, self.classes)
+                if is_isotropic
+                else convolutional_exit(stage, later, width, self.classes)
+            )
+        self.exits = nn.ModuleList(exits)
 
     def describe(self, index: int) -> str:
         """Returns what is compared."""
@@ -124,24 +138,29 @@ def enhanced_loss(student: Tensor, teacher: Tensor, classes: Tensor, gamma: floa
     return -(target * F.log_softmax(student, dim=1)).sum(1).mean()
 
 
-def exit_branch(stage: Stage, later: Sequence[Stage], width: int, classes: int) -> nn.Module:
-    """Builds the exit of ``stage``: a stand-in for each of the ``later`` stages, and a classifier.
+def convolutional_exit(stage: Stage, later: int, width: int, classes: int) -> nn.Module:
+    """Builds the exit of a stage of a student whose grids shrink.
 
     Args:
         stage: Where the exit is.
-        later: The student's stages behind it that have exits too.
-        width: Channels before the linear layer of a student whose stages shrink.
+        later: How many stages with exits stand behind it; a strided separable convolution stands in for each.
+        width: Channels before the linear layer.
         classes: Of the logits.
     """
-    if later and later[-1].grid == stage.grid:
-        return nn.Sequential(_TokenBlocks(stage.channels, len(later)), nn.Linear(stage.channels, classes))
     layers: list[nn.Module] = [] if later else [nn.Conv2d(stage.channels, width, kernel_size=1)]
     channels = stage.channels
-    for step in range(len(later)):
-        grown = width if step == len(later) - 1 else 2 * channels
+    for step in range(later):
+        grown = width if step == later - 1 else 2 * channels
         layers.append(_separable_convolution(channels, grown))
         channels = grown
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def token_exit(stage: Stage, later: int, classes: int) -> nn.Module:
+    """Builds the exit of a stage of a student whose grids stay: patches merged to about 7 x 7, transformer blocks."""
+    merges = max(0, int(math.log2(min(stage.grid) / 7)))
+    merging = [nn.Conv2d(stage.channels, stage.channels, kernel_size=2, stride=2) for _ in range(merges)]
+    return nn.Sequential(*merging, _TokenBlocks(stage.channels, max(later, 1)), nn.Linear(stage.channels, classes))
 
 
 def _separable_convolution(channels: int, grown: int) -> nn.Module:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetkd.methods.base import not_negative, register_method
+from hetkd.methods.base import not_negative, one_positive, register_method
 from hetkd.methods.feature import PooledMethod
 
 
@@ -45,6 +45,7 @@ class RKD(PooledMethod):
         super().__init__(
             feature_weight=feature_weight, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature
         )
+        one_positive(distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight = not_negative("distance_weight", distance_weight)
         self.angle_weight = not_negative("angle_weight", angle_weight)
 

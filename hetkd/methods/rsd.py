@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hetkd.adapter import StagePair
 from hetkd.distributed import sum_over_processes, world_size
-from hetkd.methods.base import not_negative, register_method
+from hetkd.methods.base import not_negative, register_method, whole_number
 from hetkd.methods.feature import PooledMethod, count_parameters
 from hetkd.methods.matching import TARGET_EPS, standardize_batch
 
@@ -48,9 +48,7 @@ class RSD(PooledMethod):
             feature_weight=feature_weight, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature
         )
         self.decorrelation = not_negative("decorrelation", decorrelation)
-        if not (isinstance(expansion, int) and expansion >= 1):
-            raise ValueError(f"expansion={expansion!r} must be a whole number of at least 1.")
-        self.expansion = expansion
+        self.expansion = whole_number("expansion", expansion)
 
     @property
     def needs_batch(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hetkd.adapter import StagePair
 from hetkd.grid import common_grid, to_grid
-from hetkd.methods.base import not_negative, positive, register_method
+from hetkd.methods.base import not_negative, register_method, whole_number
 from hetkd.methods.ds2s import DS2S
 from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
 from hetkd.methods.matching import (
@@ -119,7 +119,7 @@ class SFKD(FeatureMethod):
         self.decorrelation = not_negative("decorrelation", decorrelation)
         if decorrelation and (normalize, loss) != ("batch", "gffl"):
             raise ValueError("decorrelation needs normalize='batch' and loss='gffl'.")
-        self.width = int(positive("width", width))
+        self.width = whole_number("width", width)
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.adapter import StagePair
-from hetkd.methods.base import positive, register_method
+from hetkd.methods.base import register_method, whole_number
 from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
 from hetkd.methods.matching import (
     TARGET_EPS,
@@ -85,7 +85,7 @@ class UHKD(FeatureMethod):
         self.spectrum = choice("spectrum", spectrum, ["complex", "amplitude"])
         self.compression = choice("compression", compression, ["none", "log", "power"])
         self.normalize = choice("normalize", normalize, ["batch", "sample"])
-        self.width = int(positive("width", width))
+        self.width = whole_number("width", width)
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
 
     @property

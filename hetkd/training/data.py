@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,16 @@ def make_loader(
     )
 
 
+def has_labels(loader: Iterable[Any]) -> bool | None:
+    """Says whether the samples of a loader have labels; ``None`` if it is not one of `make_loader`'s own."""
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, TensorImages):
+        return dataset.labels is not None
+    if isinstance(dataset, TransformedImages):
+        return _image_and_label(dataset.dataset[0])[1] is not None
+    return None
+
+
 def images_and_labels(batch: Any) -> tuple[Any, Any]:
     """Takes a batch apart: ``(images, labels)``, a dict as Hugging Face's collators make it, or images alone.
 
@@ -160,9 +171,13 @@ def _image_and_label(sample: Any) -> tuple[Any, Any]:
         raise TypeError(f"a sample has the keys {sorted(sample)}; expected an image and a label.")
     if isinstance(sample, Tensor) or hasattr(sample, "convert"):  # a PIL image
         return sample, None
-    if isinstance(sample, (tuple, list)) and len(sample) == 2:
-        return sample[0], sample[1]
-    raise TypeError(f"a sample must be (image, label) or a dict of both, got {type(sample).__name__}.")
+    if isinstance(sample, (tuple, list)) and len(sample) in (1, 2):
+        return sample[0], sample[1] if len(sample) == 2 else None
+    raise TypeError(
+        f"a sample must be (image, label), a dict of both, or an image alone, got {type(sample).__name__} "
+        f"{'of ' + str(len(sample)) if isinstance(sample, (tuple, list)) else ''}".rstrip()
+        + "."
+    )
 
 
 def _is_loader(data: Any) -> bool:
@@ -185,8 +200,9 @@ def _image_folder(path: Path, what: str) -> Any:
 
     if not path.is_dir():
         raise FileNotFoundError(f"{what}={str(path)!r} is no folder.")
-    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
-    if images and not any(file.is_dir() for file in path.iterdir()):
+    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+    images = [entry for entry in entries if entry.suffix.lower() in IMG_EXTENSIONS]
+    if images and not any(entry.is_dir() for entry in entries):
         return ImageFiles(images)
     try:
         return ImageFolder(str(path))
@@ -207,6 +223,10 @@ def _image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Cal
         crop = [v2.Resize(size, interpolation=mode)]
     else:
         crop = [v2.Resize(math.floor(max(size) / spec.crop_ratio), interpolation=mode), v2.CenterCrop(size)]
-    colour = v2.Grayscale(1) if spec.channels == 1 else v2.RGB()
-    transform: Callable[[Any], Tensor] = v2.Compose([v2.PILToTensor(), colour, *crop])
+    colour = v2.Lambda(partial(_converted, mode="L" if spec.channels == 1 else "RGB"))
+    transform: Callable[[Any], Tensor] = v2.Compose([colour, v2.PILToTensor(), *crop])
     return transform
+
+
+def _converted(image: Any, mode: str) -> Any:
+    return image.convert(mode)

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from hetkd.adapter import eval_mode
 from hetkd.inputs import check_images, check_labels
-from hetkd.training.data import images_and_labels, make_loader
+from hetkd.training.data import has_labels, images_and_labels, make_loader
 
 if TYPE_CHECKING:
     from hetkd.distiller import Distiller
+
+WITHOUT_LABELS = "val has images without labels, which say nothing of accuracy: leave val out."
 
 
 def evaluate(distiller: Distiller, data: Any, *, batch_size: int) -> dict[str, float]:
@@ -28,9 +30,7 @@ def evaluate(distiller: Distiller, data: Any, *, batch_size: int) -> dict[str, f
 def eval_loader(distiller: Distiller, data: Any, batch_size: int, num_workers: int) -> Iterable[Any]:
     """Makes a loader in the order of the data, with every image."""
     spec, size = distiller.student_inputs.spec, distiller.student_inputs.size
-    if isinstance(data, Tensor):
-        raise ValueError("val has images without labels, which say nothing of accuracy: leave val out.")
-    return make_loader(
+    loader = make_loader(
         data,
         what="val",
         spec=spec,
@@ -39,6 +39,9 @@ def eval_loader(distiller: Distiller, data: Any, batch_size: int, num_workers: i
         train=False,
         num_workers=num_workers,
     )
+    if has_labels(loader) is False:
+        raise ValueError(WITHOUT_LABELS)
+    return loader
 
 
 def measure(
@@ -75,7 +78,7 @@ def measure(
         for batch in loader:
             images, labels = images_and_labels(batch)
             if labels is None:
-                raise ValueError("val has images without labels, which say nothing of accuracy: leave val out.")
+                raise ValueError(WITHOUT_LABELS)
             labels = torch.as_tensor(labels)
             if labels.ndim != 1:
                 raise ValueError(f"val needs class indices [B] as labels, got shape {list(labels.shape)}.")

@@ -21,7 +21,7 @@ from hetkd.distributed import world_size
 from hetkd.inputs import check_labels
 from hetkd.methods import Method
 from hetkd.training.checkpoint import BEST, CHECKPOINTS, LAST, Checkpoint, RunFolder
-from hetkd.training.data import TensorImages, TransformedImages, images_and_labels, make_loader
+from hetkd.training.data import TensorImages, TransformedImages, has_labels, images_and_labels, make_loader
 from hetkd.training.evaluate import eval_loader, measure
 from hetkd.training.options import TrainingOptions
 from hetkd.training.packing import pack_optimizer, unpack_optimizer, with_prefix, without_prefix
@@ -114,6 +114,8 @@ class _Run:
         train_loader = self._train_loader(train)
         val_loader = None if val is None else eval_loader(distiller, val, 2 * options.batch_size, options.num_workers)
         self.targets = _TargetMaker(options, distiller)
+        if has_labels(train_loader) is False:
+            self._refuse_missing_labels()
         self.accelerator = _accelerator(options, distiller.method)
         self.batch_size = getattr(train_loader, "batch_size", None) or options.batch_size
         optimizer = create_optimizer_v2(
