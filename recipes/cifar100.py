@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 
 from hetkd import Distiller, list_methods, load_model
 from hetkd.models import load_weights, save_model
+from hetkd.training import FitResult
 
 PIXELS, CLASSES = 224, 100
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -78,6 +79,7 @@ OTHER_AUGMENTATION: dict[str, Any] = {
     "re_prob": 0.25,
     "re_mode": "pixel",
 }
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {"ofa": {"feature_weight": 0.1}}
 FINETUNING: dict[str, Any] = {
     "epochs": 20,
     "batch_size": 128,
@@ -139,11 +141,11 @@ def finetune(arguments: argparse.Namespace) -> None:
     """Fine-tunes a teacher from ImageNet weights, and saves it."""
     model = build_teacher(arguments.finetune, pretrained=True)
     distiller = Distiller(None, model, "ce", input_size=PIXELS, normalized=(MEAN, STD))
-    top1, _ = fit(distiller, arguments, FINETUNING, OTHER_AUGMENTATION, arguments.output / arguments.finetune)
+    result = fit(distiller, arguments, FINETUNING, OTHER_AUGMENTATION, arguments.output / arguments.finetune)
     if PartialState().is_main_process:
         path = teacher_weights(arguments, arguments.finetune)
         save_model(distiller.student.half(), path)
-        print(f"{path}: top-1 {top1:.2f} % on the 10,000 test images")
+        print(f"{path}: top-1 {result.history[-1]['top1']:.2f} %")
 
 
 def distil(arguments: argparse.Namespace) -> None:
@@ -155,26 +157,20 @@ def distil(arguments: argparse.Namespace) -> None:
     if arguments.method != "ce":
         teacher = build_teacher(teacher_name, pretrained=False)
         load_weights(teacher, teacher_weights(arguments, teacher_name))
-    distiller = Distiller(teacher, student, arguments.method, normalized=(MEAN, STD))
+    options = METHOD_OPTIONS.get(arguments.method, {})
+    distiller = Distiller(teacher, student, arguments.method, normalized=(MEAN, STD), **options)
     is_cnn = student_name in CNN_STUDENTS
     protocol = dict(CNN_PROTOCOL if is_cnn else OTHER_PROTOCOL)
     augmentation = CNN_AUGMENTATION if is_cnn else OTHER_AUGMENTATION
     name = f"{teacher_name}-{student_name}-{arguments.method}-{arguments.seed}"
     with PeakMemory() as memory:
-        _, result = fit(distiller, arguments, protocol, augmentation, arguments.output / name)
+        result = fit(distiller, arguments, protocol, augmentation, arguments.output / name)
     if PartialState().is_main_process:
-        row = row_of(
-            distiller,
-            result,
-            memory,
-            {**protocol, "processes": PartialState().num_processes},
-            dataset="cifar100",
-            pair=arguments.pair,
-            method=arguments.method,
-            seed=arguments.seed,
-        )
+        about = {"dataset": "cifar100", "pair": arguments.pair, "method": arguments.method, "seed": arguments.seed}
+        row = row_of(distiller, result, memory, about) | {"augmentation": augmentation, "images": arguments.images}
         path = arguments.output / "results.jsonl"
-        write_rows(path, [*read_rows(path), row])
+        others = [old for old in read_rows(path) if any(old[key] != value for key, value in about.items())]
+        write_rows(path, [*others, row])
         print(f"{arguments.pair} by {arguments.method}: top-1 {row['top1']:.2f} %; {path}")
 
 
@@ -184,11 +180,12 @@ def fit(
     protocol: dict[str, Any],
     augmentation: dict[str, Any],
     folder: Path,
-) -> tuple[float, Any]:
-    """Trains under a protocol; stopped and started again, it goes on. Returns the last top-1, and all else."""
-    train, test = cifar100_split("train"), cifar100_split("test")
+) -> FitResult:
+    """Trains under a protocol; stopped and started again, it goes on."""
+    with PartialState().main_process_first():  # which may download
+        train, test = cifar100_split("train"), cifar100_split("test")
     few = slice(None, None, max(1, len(train[1]) // arguments.images)) if arguments.images else slice(None)
-    result = distiller.fit(
+    return distiller.fit(
         Cifar100((train[0][few], train[1][few]), training=True, **augmentation),
         Cifar100((test[0][few], test[1][few]), training=False),
         output_dir=folder,
@@ -202,7 +199,6 @@ def fit(
             **({} if arguments.batch_size is None else {"batch_size": arguments.batch_size}),
         },
     )
-    return result.history[-1]["top1"], result
 
 
 def build_teacher(name: str, *, pretrained: bool) -> nn.Module:
@@ -234,10 +230,11 @@ def teacher_weights(arguments: argparse.Namespace, name: str) -> Path:
 def small_words(arguments: argparse.Namespace) -> list[str]:
     """Returns the arguments of `compare.py` for the small protocol."""
     pair = ":".join(SMALL[name] for name in arguments.pair.split(":"))
+    epochs, teacher_epochs = (str(arguments.epochs or default) for default in (8, 12))
     return [
         *("--dataset", "cifar100", "--images", str(arguments.images or 10_000), "--pairs", pair),
         *("--methods", *(arguments.methods or ["ce", "kd", arguments.method])),
-        *("--seeds", "1", "--epochs", str(arguments.epochs or 8), "--teacher-epochs", str(arguments.epochs or 12)),
+        *("--seeds", "1", "--epochs", epochs, "--teacher-epochs", teacher_epochs),
         *("--output", str(arguments.output / "small")),
     ]
 
@@ -251,16 +248,21 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=list_methods(), default="sfkd")
     parser.add_argument("--finetune", choices=TEACHERS, help="fine-tune this teacher instead")
     parser.add_argument("--small", action="store_true", help="the protocol of our own")
-    parser.add_argument("--methods", nargs="+", help="of --small")
+    parser.add_argument("--methods", nargs="+", help="of --small: ce, kd and --method without it")
     parser.add_argument("--teacher-weights", type=Path, metavar="FILE", help="default: OUTPUT/TEACHER.safetensors")
     parser.add_argument("--epochs", type=int, help="instead of the protocol's, for a trial")
-    parser.add_argument("--images", type=int, help="use about so many training images, for a trial")
+    parser.add_argument("--images", type=int, help="use about so many training images (and as few test images)")
     parser.add_argument("--batch-size", type=int, help="a process, instead of the protocol's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"])
     parser.add_argument("--output", type=Path, default=Path("runs/cifar100"), metavar="DIR")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.methods and not arguments.small:
+        parser.error("--methods is for --small; without it, use --method")
+    if arguments.small and arguments.seed:
+        parser.error("--small runs seed 0; compare.py runs several")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ trained first (`train_teacher.py`). Stopped and started again, it goes on where 
 """
 
 import argparse
+import hashlib
 import itertools
-import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from torch import nn
 from train_teacher import teacher_path, train_teacher
 from zoo import build
 
-from hetkd import Distiller, list_methods
-from hetkd.files import write_json
+from hetkd import Combined, Distiller, list_methods
 from hetkd.models import load_weights
+from hetkd.training import TrainingDiverged, TrainingOptions
 
+FIT_OPTIONS = ("epochs", "batch_size", "optimizer", "lr", "warmup_epochs", "mixed_precision")
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -37,26 +39,53 @@ def main(words: list[str] | None = None) -> None:
     """Runs what is not there yet, and writes table and picture; ``words`` stand for the command line."""
     arguments = parse_arguments(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = load_images(arguments.dataset, arguments.pixels or 64).first(arguments.images).to(device)
+    try:
+        data = load_images(arguments.dataset, arguments.pixels or 64).first(arguments.images).to(device)
+        protocol = protocol_of(arguments, data)
+        check_what_is_asked(arguments, data, protocol)
+    except ValueError as error:
+        raise SystemExit(f"compare.py: {error}") from error
     folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
-    protocol = protocol_of(arguments, data)
-    check_protocol(folder / "protocol.json", protocol)
     rows = read_rows(folder / "results.jsonl")
+    check_protocol(rows, protocol, folder)
     pairs = [tuple(pair.split(":")) for pair in arguments.pairs]
     teachers = {name: make_teacher(name, data, arguments) for name in dict.fromkeys(teacher for teacher, _ in pairs)}
+    check_teachers(rows, teachers, folder)
+    failures: dict[tuple[str, str], str] = {}
     start = time.perf_counter()
     for seed, pair, method in itertools.product(range(arguments.seeds), pairs, arguments.methods):
-        if any((row["seed"], row["pair"], row["method"]) == (seed, ":".join(pair), method) for row in rows):
+        name = ":".join(pair)
+        if any((row["seed"], row["pair"], row["method"]) == (seed, name, method) for row in rows):
             continue
         if arguments.budget is not None and time.perf_counter() - start > 60 * arguments.budget:
             console.print(f"The budget of {arguments.budget:g} minutes is spent; the same command goes on.")
             break
-        rows.append(run(data, teachers[pair[0]], pair, method, seed, protocol, folder))
+        try:
+            rows.append(run(data, teachers[pair[0]], pair, method, seed, protocol, folder))
+        except (TrainingDiverged, ValueError) as error:  # one method that fails must not stop the others
+            failures[name, method] = str(error)
+            console.print(f"{name}  {method:<12} seed {seed}  failed: {error}")
+            continue
         write_rows(folder / "results.jsonl", rows)
-        console.print(f"{rows[-1]['pair']}  {method:<12} seed {seed}  top-1 {rows[-1]['top1']:.2f} %")
-    console.print("\n" + write_table(rows, protocol, folder / "table.md"))
+        console.print(f"{name}  {method:<12} seed {seed}  top-1 {rows[-1]['top1']:.2f} %")
+    console.print("\n" + write_table(rows, protocol, failures, folder / "table.md"))
     draw_gains(rows, folder / "gains.png")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained teacher.
+
+    Attributes:
+        model: The module, in eval mode.
+        size: Its input size.
+        facts: Its name, accuracy and the digest of its weights, for the records.
+    """
+
+    model: nn.Module
+    size: int
+    facts: dict[str, Any]
 
 
 def protocol_of(arguments: argparse.Namespace, data: ImageData) -> dict[str, Any]:
@@ -75,24 +104,39 @@ def protocol_of(arguments: argparse.Namespace, data: ImageData) -> dict[str, Any
     }
 
 
-def check_protocol(path: Path, protocol: dict[str, Any]) -> None:
+def check_what_is_asked(arguments: argparse.Namespace, data: ImageData, protocol: dict[str, Any]) -> None:
+    """Builds every student and method once, and checks the options, before anything is trained."""
+    TrainingOptions.from_mapping({name: protocol[name] for name in FIT_OPTIONS if name != "epochs"})
+    for pair in arguments.pairs:
+        teacher, student = pair.split(":")
+        build(teacher, data.pixels, data.classes, data.channels)
+        build(student, protocol["student_pixels"], data.classes, data.channels)
+    for method in arguments.methods:
+        Combined(method.split("+"))
+
+
+def check_protocol(rows: Sequence[Row], protocol: dict[str, Any], folder: Path) -> None:
     """Keeps runs of different protocols out of one table."""
-    if path.exists():
-        before = json.loads(path.read_text())
-        different = [
-            f"{name} {before.get(name)!r}, now {value!r}"
-            for name, value in protocol.items()
-            if before.get(name) != value
-        ]
+    for row in rows[:1]:
+        before = row["protocol"]
+        changed = {name: now for name, now in protocol.items() if before.get(name) != now}
+        different = [f"{name} {before.get(name)!r}, now {now!r}" for name, now in changed.items()]
         if different:
             raise SystemExit(
-                f"{path.parent} holds runs of another protocol ({'; '.join(different)}): choose another --output."
+                f"{folder} holds runs of another protocol ({'; '.join(different)}): choose another --output."
             )
-    write_json(path, protocol)
 
 
-def make_teacher(name: str, data: ImageData, arguments: argparse.Namespace) -> tuple[nn.Module, int]:
-    """Returns a trained teacher and its input size; it is trained here if there are no weights."""
+def check_teachers(rows: Sequence[Row], teachers: dict[str, Teacher], folder: Path) -> None:
+    """Keeps runs under different teachers of one name out of one table."""
+    for row in rows:
+        name = row["teacher"]["name"]
+        if name in teachers and teachers[name].facts["sha256"] != row["teacher"]["sha256"]:
+            raise SystemExit(f"{folder} holds runs under another teacher {name!r}: choose another --output.")
+
+
+def make_teacher(name: str, data: ImageData, arguments: argparse.Namespace) -> Teacher:
+    """Loads a teacher; it is trained here if there are no weights."""
     path = teacher_path(arguments.teachers or arguments.output / "teachers", data, name)
     if (name, data.name) == ("vit", "fashion"):  # the one that comes with the recipes
         path = TEACHER
@@ -101,14 +145,16 @@ def make_teacher(name: str, data: ImageData, arguments: argparse.Namespace) -> t
         train_teacher(name, data, path, epochs=arguments.teacher_epochs)
     model, size = build(name, data.pixels, data.classes, data.channels)
     load_weights(model, path)
+    model = model.eval().to(data.train[0].device)
     top1 = Distiller(None, model, "ce", input_size=size).evaluate(data.test)["top1"]
     console.print(f"teacher {name}: top-1 {top1:.2f} % ({path})")
-    return model.eval().to(data.train[0].device), size
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Teacher(model, size, {"name": name, "top1": top1, "sha256": digest})
 
 
 def run(
     data: ImageData,
-    teacher: tuple[nn.Module, int],
+    teacher: Teacher,
     pair: Sequence[str],
     method: str,
     seed: int,
@@ -120,10 +166,10 @@ def run(
     student, size = build(pair[1], protocol["student_pixels"], data.classes, data.channels)
     names = method.split("+")
     distiller = Distiller(
-        teacher[0],
+        teacher.model,
         student.to(data.train[0].device),
         names if len(names) > 1 else method,
-        input_size={"teacher": teacher[1], "student": size},
+        input_size={"teacher": teacher.size, "student": size},
     )
     path = folder / "runs" / f"{pair[0]}-{pair[1]}-{method}-{seed}"
     with PeakMemory() as memory:
@@ -134,12 +180,10 @@ def run(
             resume=True,
             augment=augmentation(data),
             seed=seed,
-            **{
-                key: protocol[key]
-                for key in ("epochs", "batch_size", "optimizer", "lr", "warmup_epochs", "mixed_precision")
-            },
+            **{name: protocol[name] for name in FIT_OPTIONS},
         )
-    return row_of(distiller, result, memory, protocol, dataset=data.name, pair=":".join(pair), method=method, seed=seed)
+    about = {"dataset": data.name, "pair": ":".join(pair), "method": method, "seed": seed}
+    return row_of(distiller, result, memory, about) | {"protocol": protocol, "teacher": teacher.facts}
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -170,8 +214,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     for pair in arguments.pairs:
         if len(pair.split(":")) != 2 or not all(pair.split(":")):
             parser.error(f"--pairs {pair!r} is not TEACHER:STUDENT, such as vit:mobilenetv3_small_050")
+    if arguments.budget is not None and arguments.budget < 0:
+        parser.error("--budget must not be negative")
     every = ["ce", "kd", *(name for name in list_methods() if name not in ("ce", "kd", "uhkd", "sfkd")), "uhkd", "sfkd"]
-    arguments.methods = every if arguments.methods == ["all"] else list(dict.fromkeys(arguments.methods))
+    asked = itertools.chain.from_iterable(every if name == "all" else [name] for name in arguments.methods)
+    arguments.methods = list(dict.fromkeys(asked))
     for name in itertools.chain.from_iterable(method.split("+") for method in arguments.methods):
         if name not in every:
             parser.error(f"--methods {name!r} is none of {', '.join(every)}")

@@ -62,13 +62,15 @@ class ImageData:
         return ImageData(self.name, (train[0], train[1]), (test[0], test[1]), self.classes)
 
     def first(self, train_images: int | None) -> "ImageData":
-        """Returns the data with at most so many training images, as many of each class."""
+        """Returns the data with at most so many training images, as evenly spread over the classes as it goes."""
         images, labels = self.train
         if train_images is None or train_images >= len(labels):
             return self
-        per_class = -(-train_images // self.classes)
-        chosen = torch.cat([(labels == label).nonzero()[:per_class, 0] for label in range(self.classes)])
-        chosen = chosen.sort().values[:train_images]
+        of_class = [(labels == label).nonzero()[:, 0] for label in range(self.classes)]
+        rank = torch.empty_like(labels)
+        for indices in of_class:
+            rank[indices] = torch.arange(len(indices), device=labels.device)
+        chosen = rank.argsort(stable=True)[:train_images].sort().values  # the first of each class, the second, ...
         return ImageData(self.name, (images[chosen], labels[chosen]), self.test, self.classes)
 
 
@@ -122,8 +124,8 @@ def _folder(path: Path, pixels: int) -> ImageData:
     splits = [ImageFolder(str(path / "train")), ImageFolder(str(test))]
     if splits[0].classes != splits[1].classes:
         raise ValueError(f"--dataset {str(path)!r}: {test.name}/ has other classes than train/.")
-    train, evaluation = (_decode(split, len(split), pixels, path.name) for split in splits)
-    return ImageData(path.name, train, evaluation, len(splits[0].classes))
+    train, evaluation = (_decode(split, len(split), pixels, path.resolve().name) for split in splits)
+    return ImageData(path.resolve().name, train, evaluation, len(splits[0].classes))
 
 
 def _hugging_face(name: str, pixels: int) -> ImageData:

@@ -2,8 +2,10 @@
 
 import json
 import platform
+import resource
 import statistics
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -14,38 +16,26 @@ import torch
 
 from hetkd import Distiller
 from hetkd.files import write_atomically
+from hetkd.training.checkpoint import SETTINGS
 from hetkd.training.loop import FitResult
 
 Row = dict[str, Any]
 GRAY, BLUE = "#8a8f98", "#2f6fde"
 
 
-def row_of(
-    distiller: Distiller,
-    result: FitResult,
-    memory: "PeakMemory",
-    protocol: Mapping[str, Any],
-    *,
-    dataset: str,
-    pair: str,
-    method: str,
-    seed: int,
-) -> Row:
-    """Returns the line of one run: what was run, what came out, what it cost, and where."""
+def row_of(distiller: Distiller, result: FitResult, memory: "PeakMemory", about: Mapping[str, Any]) -> Row:
+    """Returns the line of one run: what was run (``about``, all settings), what came out, what it cost, and where."""
     history = result.history
+    settings = {} if result.output_dir is None else json.loads((result.output_dir / SETTINGS).read_text())
     return {
-        "dataset": dataset,
-        "pair": pair,
-        "method": method,
-        "seed": seed,
+        **about,
         "top1": history[-1]["top1"],
         "epochs": len(history),
         "seconds": sum(record["seconds"] for record in history),
         "images_per_second": statistics.median(record["images_per_second"] for record in history),
         "peak_memory_mb": memory.peak_mb,
         "added_parameters": distiller.plan.added_parameters,
-        "plan": distiller.plan.title,
-        "settings": {"method": distiller.method.settings(), **protocol},
+        "settings": settings,
         "curve": [record["top1"] for record in history],
         "versions": {name: version(name) for name in ("hetkd", "torch", "timm", "accelerate")},
         "git_revision": git_revision(),
@@ -54,7 +44,7 @@ def row_of(
 
 
 class PeakMemory:
-    """The most memory while a context lasts: on a GPU what PyTorch allocates, else what the process holds."""
+    """The most memory while a context lasts: on a GPU what PyTorch allocates, else what the whole process holds."""
 
     def __enter__(self) -> "PeakMemory":
         self.peak_mb = 0.0
@@ -67,9 +57,10 @@ class PeakMemory:
         return self
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.05):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.peak_mb = max(self.peak_mb, pages * 4096 / 1e6)
+        while True:
+            self.peak_mb = max(self.peak_mb, resident_bytes() / 1e6)
+            if self._stop.wait(0.05):
+                return
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
@@ -77,6 +68,14 @@ class PeakMemory:
             self.peak_mb = torch.cuda.max_memory_allocated() / 1e6
         else:
             self._thread.join()
+
+
+def resident_bytes() -> int:
+    """Returns the memory of this process: now on Linux, its most so far elsewhere."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -89,15 +88,19 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     write_atomically(path, lambda temporary: _write(temporary, "".join(json.dumps(row) + "\n" for row in rows)))
 
 
-def write_table(rows: Sequence[Row], protocol: Mapping[str, Any], path: Path) -> str:
+def write_table(
+    rows: Sequence[Row], protocol: Mapping[str, Any], failures: Mapping[tuple[str, str], str], path: Path
+) -> str:
     """Writes `make_table` to a file, and returns it."""
-    table = make_table(rows, protocol)
+    table = make_table(rows, protocol, failures)
     write_atomically(path, lambda temporary: _write(temporary, table))
     return table
 
 
-def make_table(rows: Sequence[Row], protocol: Mapping[str, Any]) -> str:
-    """Returns a Markdown table a pair, and one of the mean over pairs."""
+def make_table(
+    rows: Sequence[Row], protocol: Mapping[str, Any], failures: Mapping[tuple[str, str], str] | None = None
+) -> str:
+    """Returns a Markdown table a pair, one of the mean over pairs, and what failed (pair and method: why)."""
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.items() if value is not None)
     parts = [
         f"# Test top-1 by method\n\n{facts}. Spread: standard deviation over seeds. Gain: over `ce`, paired by seed.\n"
@@ -108,6 +111,9 @@ def make_table(rows: Sequence[Row], protocol: Mapping[str, Any]) -> str:
         parts.append(f"## {pair.replace(':', ' -> ')}\n\n{_table(of_pair)}\n")
     if len(pairs) > 1:
         parts.append(f"## Mean over {len(pairs)} pairs\n\n{_mean_table(rows, pairs)}\n")
+    if failures:
+        lines = [f"- {pair.replace(':', ' -> ')}, `{method}`: {why}" for (pair, method), why in failures.items()]
+        parts.append("## Failed\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 

@@ -5,7 +5,7 @@
     python recipes/train_teacher.py --dataset flowers/ --model convnext_tiny --pretrained --pixels 224 --epochs 10
 
 Stopped and started again, it goes on after its last whole epoch. The weights go to
-`OUTPUT/DATASET-MODEL.safetensors` in half precision, their accuracy on the test images beside them.
+`OUTPUT/DATASET-IMAGES-PIXELS-MODEL.safetensors` in half precision, their accuracy on the test images beside them.
 """
 
 import argparse
@@ -44,7 +44,8 @@ def main() -> None:
 
 def teacher_path(folder: Path, data: ImageData, model: str) -> Path:
     """Returns where the weights of a teacher are."""
-    return folder / f"{data.name.replace('/', '_').replace(':', '_')}-{model}.safetensors"
+    name = data.name.replace("/", "_").replace(":", "_")
+    return folder / f"{name}-{len(data.train[0])}-{data.pixels}px-{model}.safetensors"
 
 
 def train_teacher(
