@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import signal
@@ -15,12 +16,14 @@ import timm
 import torch
 from conftest import REPOSITORY, batch, tiny_cnn, tiny_vit
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
 
 from hetkd import Distiller, load_model
-from hetkd.training import TrainingOptions
-from hetkd.training.loop import _TargetMaker
+from hetkd.training import TrainingDiverged, TrainingOptions
+from hetkd.training.data import UnreadableImage
+from hetkd.training.targets import TargetMaker
 
 QUIET = {"progress": False, "cpu": True}
 
@@ -166,11 +169,11 @@ def test_precision_may_change_between_runs():
 def test_label_smoothing_and_mixing_make_soft_labels():
     distiller = make("kd")
     images, labels = batch(4)
-    smooth = _TargetMaker(TrainingOptions(label_smoothing=0.1), distiller)(images, labels)
+    smooth = TargetMaker(TrainingOptions(label_smoothing=0.1), distiller)(images, labels)
     assert torch.equal(smooth[0], images)
     torch.testing.assert_close(smooth[1].sum(1), torch.ones(4))
     assert smooth[1].max().item() == pytest.approx(0.91)
-    mixed_images, mixed = _TargetMaker(TrainingOptions(mixup=1.0), distiller)((images * 255).to(torch.uint8), labels)
+    mixed_images, mixed = TargetMaker(TrainingOptions(mixup=1.0), distiller)((images * 255).to(torch.uint8), labels)
     torch.testing.assert_close(mixed.sum(1), torch.ones(4))
     assert mixed_images.min() >= 0
     assert mixed_images.max() <= 1
@@ -405,3 +408,84 @@ def test_twenty_kills_change_nothing(tmp_path):
     assert out.returncode == 0, out.stderr[-3000:]
     hits = int(re.search(r"20 kills, (\d+) of them after a first checkpoint", out.stdout).group(1))
     assert hits >= 10
+
+
+class TestUnreadableImages:
+    def folder(self, path) -> str:
+        for index in range(16):
+            (path / f"class{index % 2}").mkdir(parents=True, exist_ok=True)
+            to_pil_image(torch.rand(3, 40, 40)).save(path / f"class{index % 2}" / f"{index:02}.png")
+        (path / "class0" / "04.png").write_bytes(b"no picture")
+        whole = (path / "class1" / "07.png").read_bytes()
+        (path / "class1" / "07.png").write_bytes(whole[: len(whole) // 2])
+        return str(path)
+
+    def fit(self, folder, **options):
+        distiller = Distiller(None, tiny_cnn(num_classes=2), "ce", input_size=32)
+        return distiller.fit(folder, epochs=2, batch_size=8, cpu=True, **options)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_they_end_the_run_with_their_path(self, tmp_path, workers):
+        with pytest.raises(UnreadableImage, match=r"class[01]/0[47]\.png cannot be read.*unreadable='skip'"):
+            self.fit(self.folder(tmp_path), num_workers=workers, progress=False)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_or_they_are_skipped_counted_and_named(self, tmp_path, workers, capsys):
+        result = self.fit(self.folder(tmp_path), num_workers=workers, unreadable="skip")
+        assert result.history[-1]["unreadable_images"] == 2
+        out = capsys.readouterr().out
+        assert "2 images cannot be read and were skipped" in out
+        assert "04.png" in out
+        assert "07.png" in out
+
+
+def test_out_of_memory_names_the_batch_and_what_to_do():
+    distiller = make("kd")
+
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    distiller.method.forward = too_large
+    with pytest.raises(torch.OutOfMemoryError, match="16 images does not fit in memory: batch_size=8 with"):
+        distiller.fit(bright_or_dark(32), epochs=1, batch_size=16, **QUIET)
+
+
+class TestDivergence:
+    def broken_at(self, calls_that_break, weights=False) -> Distiller:
+        distiller, calls = make("kd"), 0
+        original = distiller.method.forward
+
+        def forward(*args):
+            nonlocal calls
+            calls += 1
+            terms = original(*args)
+            if calls not in calls_that_break:
+                return terms
+            if weights:  # the loss is a number, its gradient is none
+                zero = next(distiller.student.parameters()).flatten()[0] * 0
+                return {**terms, "kd": terms["kd"] + torch.sqrt(zero * zero)}
+            return {**terms, "kd": terms["kd"] * float("nan")}
+
+        distiller.method.forward = forward
+        return distiller
+
+    options = {**QUIET, "epochs": 2, "batch_size": 8, "checkpoint_steps": 2}
+
+    def test_goes_back_as_often_as_allowed(self, tmp_path):
+        distiller = self.broken_at({6, 9})
+        result = distiller.fit(bright_or_dark(32), **self.options, output_dir=tmp_path / "a", returns=2)
+        assert len(result.history) == 2
+        assert all(math.isfinite(record["train/kd"]) for record in result.history)
+        with pytest.raises(TrainingDiverged, match="'kd' is nan"):
+            self.broken_at({6, 9}).fit(bright_or_dark(32), **self.options, output_dir=tmp_path / "b", returns=1)
+
+    def test_before_the_first_checkpoint_there_is_nothing_to_go_back_to(self, tmp_path):
+        with pytest.raises(TrainingDiverged, match="before its first checkpoint"):
+            self.broken_at({1}).fit(bright_or_dark(32), **self.options, output_dir=tmp_path, returns=3)
+
+    def test_broken_weights_get_into_no_checkpoint(self, tmp_path):
+        with pytest.raises(TrainingDiverged, match=r"the weight 'student.*' became NaN or Inf in epoch 2"):
+            self.broken_at({6}, weights=True).fit(bright_or_dark(32), **self.options, output_dir=tmp_path)
+        for path in (tmp_path / "checkpoints").glob("*/state.safetensors"):
+            assert all(x.isfinite().all() for x in load_file(path).values() if x.is_floating_point())
+        assert all(x.isfinite().all() for x in load_file(tmp_path / "last.safetensors").values())

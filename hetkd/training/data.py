@@ -7,11 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hetkd.inputs import InputSpec
 from hetkd.training.random_state import seeded
+
+
+class UnreadableImage(OSError):
+    """An image file is damaged; the message has its path."""
 
 
 class TensorImages(Dataset[Any]):
@@ -49,23 +54,53 @@ class TransformedImages(Dataset[Any]):
         transform: From a PIL image to a tensor.
         seed: In training: what is random about a sample is a pure function of seed, epoch and index.
             ``None``: nothing is random.
+        skip_unreadable: Take the next readable image in the place of one that cannot be read.
 
     Attributes:
         epoch: Set it before each epoch.
+        unreadable: Which images could not be read so far; loading processes write it too.
     """
 
-    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], seed: int | None = None) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Callable[[Any], Tensor],
+        seed: int | None = None,
+        *,
+        skip_unreadable: bool = False,
+    ) -> None:
+        self.dataset, self.transform, self.seed, self.skip_unreadable = dataset, transform, seed, skip_unreadable
         self.epoch = 0
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        for readable in range(index, index + len(self)):
+            try:
+                return self._load(readable % len(self))
+            except (OSError, SyntaxError) as error:  # which Pillow raises for damaged files
+                if not self.skip_unreadable:
+                    raise UnreadableImage(
+                        f"{self.name_of(readable)} cannot be read ({error}): repair or remove it, or train with "
+                        "unreadable='skip'."
+                    ) from error
+                self.unreadable[readable % len(self)] = True
+        raise UnreadableImage("no image of the data set can be read.")
+
+    def _load(self, index: int) -> Any:
         with nullcontext() if self.seed is None else seeded(self.seed, self.epoch, index):
             image, label = _image_and_label(self.dataset[index])
             image = image if isinstance(image, Tensor) else self.transform(image)
         return image if label is None else (image, label)
+
+    def name_of(self, index: int) -> str:
+        """Returns the path of an image where the dataset knows it, else its index."""
+        samples = getattr(self.dataset, "samples", None) or getattr(self.dataset, "paths", None)
+        if samples is None:
+            return f"image {index}"
+        return str(samples[index][0] if isinstance(samples[index], tuple) else samples[index])
 
 
 class ImageFiles(Dataset[Any]):
@@ -93,6 +128,7 @@ def make_loader(
     train: bool,
     num_workers: int,
     seed: int = 0,
+    skip_unreadable: bool = False,
 ) -> Iterable[Any]:
     """Makes a loader of batches of images and labels.
 
@@ -107,6 +143,7 @@ def make_loader(
         train: Shuffle, drop the last incomplete batch, and crop and flip PIL images at random.
         num_workers: Loading processes.
         seed: Of what is random about single training images.
+        skip_unreadable: See `TransformedImages`.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -128,7 +165,9 @@ def make_loader(
         )
     _refuse_empty(data, what)
     if not isinstance(data, TensorImages):
-        data = TransformedImages(data, _image_transform(spec, size, train), seed if train else None)
+        data = TransformedImages(
+            data, _image_transform(spec, size, train), seed if train else None, skip_unreadable=skip_unreadable
+        )
     drop_last = train and len(data) >= batch_size
     return DataLoader(
         data,

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hetkd.distributed import world_size
 from hetkd.inputs import check_labels
 from hetkd.methods import Method
-from hetkd.training.checkpoint import BEST, CHECKPOINTS, LAST, Checkpoint, RunFolder
+from hetkd.training.checkpoint import BEST, LAST, Checkpoint, RunFolder
 from hetkd.training.data import TensorImages, TransformedImages, has_labels, images_and_labels, make_loader
 from hetkd.training.evaluate import eval_loader, measure
 from hetkd.training.options import TrainingOptions
@@ -28,6 +27,8 @@ from hetkd.training.packing import pack_optimizer, unpack_optimizer, with_prefix
 from hetkd.training.progress import TrainingProgress
 from hetkd.training.random_state import random_state, restore_random_state
 from hetkd.training.signals import Signals
+from hetkd.training.targets import TargetMaker
+from hetkd.training.terms import Terms, TrainingDiverged
 
 if TYPE_CHECKING:
     from hetkd.distiller import Distiller
@@ -44,14 +45,12 @@ FREE_SETTINGS = {
     "checkpoint_steps",
     "checkpoint_minutes",
     "keep_last",
+    "returns",
+    "unreadable",
 }
 """What may differ between a run and its resumption without a word."""
 OTHER_PROCESSES = {"processes", "effective_batch_size"}
 """What may differ, and is said."""
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss term became NaN or Inf; the message names the term, the step and the last good checkpoint."""
 
 
 @dataclass
@@ -113,10 +112,12 @@ class _Run:
         self.notes: list[str] = []
         train_loader = self._train_loader(train)
         val_loader = None if val is None else eval_loader(distiller, val, 2 * options.batch_size, options.num_workers)
-        self.targets = _TargetMaker(options, distiller)
+        self.targets = TargetMaker(options, distiller)
         if has_labels(train_loader) is False:
             self._refuse_missing_labels()
         self.accelerator = _accelerator(options, distiller.method)
+        if options.returns and self.accelerator.num_processes > 1:
+            raise ValueError(f"returns={options.returns} works in one process only.")
         self.batch_size = getattr(train_loader, "batch_size", None) or options.batch_size
         optimizer = create_optimizer_v2(
             distiller,
@@ -139,6 +140,7 @@ class _Run:
         self.update = 0
         self.steps = 0  # of the whole run: the numbers of checkpoints
         self.interrupted: _Interrupted | None = None
+        self.returned = 0
         self.saved_at = time.monotonic()
 
     def _train_loader(self, train: Any) -> Iterable[Any]:
@@ -152,6 +154,7 @@ class _Run:
             train=True,
             num_workers=options.num_workers,
             seed=options.seed,
+            skip_unreadable=options.unreadable == "skip",
         )
 
     def _prepared(self, loader: Iterable[Any]) -> Any:
@@ -218,13 +221,26 @@ class _Run:
                     progress.note(note)
                 if self.steps:
                     progress.note(f"going on after epoch {self.first_epoch}" + (f", step {step}" if step else ""))
-                for epoch in range(self.first_epoch, self.epochs):
-                    self._epoch(epoch, progress)
+                self._epochs(progress)
             if self.ema is not None:
                 self.distiller.student.load_state_dict(self.ema.module.state_dict())
         finally:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return self.result
+
+    def _epochs(self, progress: TrainingProgress) -> None:
+        """Trains what is left, and goes back to the last checkpoint as often as ``returns`` allows."""
+        while self.first_epoch < self.epochs:
+            try:
+                self._epoch(self.first_epoch, progress)
+            except TrainingDiverged as error:
+                if self.folder is None or self.returned >= self.options.returns:
+                    raise
+                self.returned += 1
+                progress.note(f"{error} Going back to the last checkpoint ({self.returned} of {self.options.returns}).")
+                self._restore(go_back=True)
+            else:
+                self.first_epoch += 1
 
     def _refuse_other_settings(self) -> None:
         before = None if self.folder is None else self.folder.load_settings()
@@ -264,6 +280,7 @@ class _Run:
             "images_per_second": images * self.accelerator.num_processes / seconds,
             "seconds": seconds,
         }
+        self._report_unreadable(record, progress)
         student = self.distiller.student if self.ema is None else self.ema.module
         if self.val is not None:
             record |= measure(self.distiller, student, self.val, self.device, self.accelerator)
@@ -274,14 +291,25 @@ class _Run:
             self.result.best = record
         self._save(epoch, student, is_best)
 
+    def _report_unreadable(self, record: dict[str, float], progress: TrainingProgress) -> None:
+        dataset = getattr(self.train, "dataset", None)
+        if not (isinstance(dataset, TransformedImages) and dataset.skip_unreadable):
+            return
+        bad = dataset.unreadable.nonzero()[:, 0].tolist()
+        record["unreadable_images"] = float(len(bad))
+        if bad:
+            some = ", ".join(dataset.name_of(index) for index in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            progress.note(f"{len(bad)} images cannot be read and were skipped: {some}")
+
     def _train_epoch(self, epoch: int, progress: TrainingProgress) -> tuple[dict[str, float], int, float]:
         """Trains one epoch, or what is left of it; returns means of the terms, images seen, and seconds."""
         from accelerate.utils import set_seed
 
-        set_seed(self.options.seed + epoch * self.accelerator.num_processes, device_specific=True)
+        seed = self.options.seed + epoch * self.accelerator.num_processes + self.returned * 1_000_003
+        set_seed(seed, device_specific=True)
         self.model.train()
         part, self.interrupted = self.interrupted or _Interrupted(), None
-        terms = _Terms(self.folder, part.sums, part.count)
+        terms = Terms(self.folder, part.sums, part.count)
         images_seen, since, step = part.images, time.perf_counter() - part.seconds, part.step
         for step, (images, labels) in enumerate(self._batches(epoch, part.step), start=part.step + 1):
             if part.random is not None:  # as it was after the last step before the interruption
@@ -297,13 +325,23 @@ class _Run:
                 progress.show(epoch, newest, speed)
             if step != self.batches and self._is_due(step):
                 terms.read()
+                self._refuse_broken_weights(epoch)
                 seconds = time.perf_counter() - since
                 self._save_checkpoint(epoch, _Interrupted(step, images_seen, seconds, terms.sums, terms.count))
                 self.signals.obey()
         if step == 0:
             raise ValueError("train is empty: its loader yields no batch.")
         terms.read()
+        self._refuse_broken_weights(epoch)
         return terms.means(self.accelerator), images_seen, time.perf_counter() - since
+
+    def _refuse_broken_weights(self, epoch: int) -> None:
+        """Keeps weights that are no numbers out of checkpoints and evaluations."""
+        for name, parameter in self.distiller.named_parameters():
+            if not parameter.isfinite().all():
+                raise TrainingDiverged(
+                    f"the weight {name!r} became NaN or Inf in epoch {epoch + 1}: try a lower lr or clip_grad=1.0."
+                )
 
     def _is_due(self, step: int) -> bool:
         """Says, alike in all processes, whether a checkpoint is to be written after this step."""
@@ -347,26 +385,30 @@ class _Run:
         from accelerate import skip_first_batches
 
         dataset = getattr(self.train, "dataset", None)
+        order = epoch + self.returned * 1_000_003  # another one after each return
         if isinstance(dataset, TransformedImages):
-            dataset.epoch = epoch
+            dataset.epoch = order
         if hasattr(self.train, "set_epoch"):
-            self.train.set_epoch(epoch)
+            self.train.set_epoch(order)
         if not skip:
             return self.train
         if isinstance(dataset, (TransformedImages, TensorImages)):  # what a batch holds depends on nothing before it
             rest = skip_first_batches(self.train, skip)
-            rest.set_epoch(epoch)
+            rest.set_epoch(order)
             return rest
         return itertools.islice(self.train, skip, None)
 
-    def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor | None, terms: _Terms) -> None:
+    def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor | None, terms: Terms) -> None:
         images, labels = self.targets(images, labels)
         with self.accelerator.accumulate(self.model):
             if self.accelerator.sync_gradients and self.scheduler is not None:
                 self.scheduler.step_update(self.update)
-            output = self.model(images, labels)
+            try:
+                output = self.model(images, labels)
+                self.accelerator.backward(output.loss)
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(_out_of_memory(len(images), self.options)) from error
             terms.add(epoch, step, output.terms)
-            self.accelerator.backward(output.loss)
             if self.accelerator.sync_gradients and self.options.clip_grad is not None:
                 self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.options.clip_grad)
             self.optimizer.step()
@@ -412,6 +454,7 @@ class _Run:
                 "count": part.count,
                 "steps": self.steps,
                 "update": self.update,
+                "returned": self.returned,
                 "optimizer": optimizer_values,
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "history": self.result.history,
@@ -422,11 +465,14 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.saved_at = time.monotonic()
 
-    def _restore(self) -> None:
+    def _restore(self, *, go_back: bool = False) -> None:
         saved = None if self.folder is None else self.folder.load_checkpoint()
         if saved is None:
+            if go_back:
+                raise TrainingDiverged("the training diverged before its first checkpoint: try a lower lr.")
             return
         values = saved.values
+        self.returned = max(self.returned, values["returned"])
         self.distiller.load_state_dict(without_prefix("distiller.", saved.tensors))
         self.optimizer.load_state_dict(
             unpack_optimizer(without_prefix("optimizer.", saved.tensors), values["optimizer"])
@@ -468,88 +514,12 @@ class _Interrupted:
     random: dict[str, Tensor] | None = None
 
 
-class _TargetMaker:
-    """Augments and mixes a batch, and smooths its hard labels; teacher and student see the same images."""
-
-    def __init__(self, options: TrainingOptions, distiller: Distiller) -> None:
-        from timm.data import Mixup
-
-        self.augment, self.smoothing, self.classes = options.augment, options.label_smoothing, distiller.classes or 0
-        self.mix = None
-        if not (options.mixup or options.cutmix or self.smoothing):
-            return
-        if not self.classes:
-            raise ValueError("mixup, cutmix and label_smoothing need a student with a classifier.")
-        if options.mixup or options.cutmix:
-            self.mix = Mixup(options.mixup, options.cutmix, label_smoothing=self.smoothing, num_classes=self.classes)
-
-    def __call__(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.augment is None and self.mix is None and not self.smoothing:
-            return images, labels
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        if self.augment is not None:
-            images = self.augment(images)
-        if labels is None:
-            return images, None
-        if self.mix is not None:
-            if labels.ndim == 2:
-                raise ValueError("mixup and cutmix make soft labels from class indices, but labels are soft already.")
-            if len(images) % 2:
-                raise ValueError(f"mixup and cutmix need an even batch, got {len(images)} images: use drop_last=True.")
-            images, labels = self.mix(images.clone(), labels)
-        elif self.smoothing:
-            hard = labels if labels.ndim == 2 else F.one_hot(labels, self.classes)
-            labels = hard * (1 - self.smoothing) + self.smoothing / self.classes
-        return images, labels
-
-
-class _Terms:
-    """Collects loss terms on the device, and reads them now and then so that no step waits for it."""
-
-    def __init__(self, folder: RunFolder | None, sums: Tensor | None, count: int) -> None:
-        self.folder = folder
-        self.names: list[str] = []
-        self.pending: list[tuple[int, int, Tensor]] = []
-        self.sums, self.count = sums, count
-
-    def add(self, epoch: int, step: int, terms: dict[str, Tensor]) -> None:
-        self.names = list(terms)
-        self.pending.append((epoch, step, torch.stack([term.detach().float() for term in terms.values()])))
-
-    def read(self) -> dict[str, float]:
-        """Returns the newest terms.
-
-        Raises:
-            TrainingDiverged: If a term was NaN or Inf since the last reading.
-        """
-        if self.pending:
-            values = torch.stack([terms for _, _, terms in self.pending]).cpu().double()
-            self._check(values)
-            for row in values:  # one by one, so that it does not matter when they are read
-                self.sums = row.clone() if self.sums is None else self.sums + row
-            self.count += len(values)
-            self.newest = dict(zip(self.names, values[-1].tolist(), strict=True))
-            self.pending = []
-        return self.newest
-
-    def _check(self, values: Tensor) -> None:
-        bad = (~values.isfinite()).nonzero()
-        if not len(bad):
-            return
-        row, column = bad[0].tolist()
-        epoch, step, _ = self.pending[row]
-        kept = "" if self.folder is None else f" The last good checkpoint is in {self.folder.path / CHECKPOINTS}."
-        raise TrainingDiverged(
-            f"the loss term {self.names[column]!r} is {values[row, column].item()} at epoch {epoch + 1}, step {step}: "
-            f"try a lower lr, clip_grad=1.0, or mixed_precision='no'.{kept}"
-        )
-
-    def means(self, accelerator: Any) -> dict[str, float]:
-        """Returns the means of the terms over the epoch and all processes."""
-        assert self.sums is not None, "read comes first"
-        means = accelerator.reduce((self.sums / self.count).float().to(accelerator.device), "mean")
-        return dict(zip(self.names, means.tolist(), strict=True))
+def _out_of_memory(batch: int, options: TrainingOptions) -> str:
+    accumulation = 2 * options.gradient_accumulation
+    return (
+        f"a batch of {batch} images does not fit in memory: batch_size={max(1, batch // 2)} with "
+        f"gradient_accumulation={accumulation} has the same effective batch; mixed_precision='bf16' also helps."
+    )
 
 
 def _accelerator(options: TrainingOptions, method: Method) -> Any:

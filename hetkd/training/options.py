@@ -38,14 +38,18 @@ class TrainingOptions:
         augment: A function on a batch of images ``[B, C, H, W]`` in [0, 1], run on the training
             device: for example a ``kornia.augmentation.AugmentationSequential``.
         num_workers: Processes that load data that is not a loader.
+        unreadable: What an image file of ``train`` that cannot be read does: ``"error"`` ends the run with its path,
+            ``"skip"`` puts the next image in its place, and counts and names it at the end of the epoch.
         seed: Of data order, augmentation and initialisation of what is made in the run.
         cpu: Train on the CPU although there is an accelerator.
         checkpoint_steps: Steps between checkpoints within an epoch; ``None``: only as ``checkpoint_minutes``
             says. One is always written at the end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
-        checkpoint_minutes: Minutes after which a checkpoint is written within an epoch, or ``None``.
-        keep_last: How many checkpoints are kept; the one before the last serves where the last is damaged.
-        progress: Show a progress bar and a line an epoch.
-        log_every: Steps between readings of the loss, and looks for NaN.
+        checkpoint_minutes: Minutes after which a checkpoint is written within an epoch, or ``None``. keep_last:
+        How many checkpoints are kept; the one before the last serves where the last is damaged. progress: Show a
+        progress bar and a line an epoch. log_every: Steps between readings of the loss, and looks for NaN.
+        returns: How often a run that diverges (a loss or weight that is NaN or Inf) goes back to its last
+        checkpoint, and
+            on from there with another order of the data; 0 ends it with an error. In one process only.
     """
 
     batch_size: int = 64
@@ -68,6 +72,7 @@ class TrainingOptions:
     label_smoothing: float = 0.0
     augment: Callable[[Tensor], Tensor] | None = None
     num_workers: int = 0
+    unreadable: str = "error"
     seed: int = 0
     cpu: bool = False
     checkpoint_steps: int | None = None
@@ -75,6 +80,7 @@ class TrainingOptions:
     keep_last: int = 2
     progress: bool = True
     log_every: int = 10
+    returns: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "log_every", "keep_last", "checkpoint_steps"):
@@ -88,6 +94,9 @@ class TrainingOptions:
         for name in ("lr", "warmup_lr", "clip_grad", "checkpoint_minutes"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
+        if not (isinstance(self.returns, int) and self.returns >= 0):
+            raise ValueError(f"returns={self.returns!r} must be a whole number of at least 0.")
+        choice("unreadable", self.unreadable, ["error", "skip"])
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema={self.ema} must be between 0 and 1, for example 0.9999.")
         if not 0 <= self.label_smoothing < 1:

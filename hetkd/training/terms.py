@@ -1,0 +1,67 @@
+"""The loss terms of a training, collected without making any step wait."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetkd.training.checkpoint import CHECKPOINTS, RunFolder
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss term became NaN or Inf; the message names the term, the step and the last good checkpoint."""
+
+
+class Terms:
+    """Collects loss terms on the device, and reads them now and then so that no step waits for it.
+
+    Args:
+        folder: Of the run, for the message when it diverges.
+        sums: Sums of the terms over the steps of this epoch that are done already, if any.
+        count: The number of these steps.
+    """
+
+    def __init__(self, folder: RunFolder | None, sums: Tensor | None, count: int) -> None:
+        self.folder = folder
+        self.names: list[str] = []
+        self.pending: list[tuple[int, int, Tensor]] = []
+        self.sums, self.count = sums, count
+
+    def add(self, epoch: int, step: int, terms: dict[str, Tensor]) -> None:
+        """Takes the terms of one step; nothing waits for them yet."""
+        self.names = list(terms)
+        self.pending.append((epoch, step, torch.stack([term.detach().float() for term in terms.values()])))
+
+    def read(self) -> dict[str, float]:
+        """Returns the newest terms.
+
+        Raises:
+            TrainingDiverged: If a term was NaN or Inf since the last reading.
+        """
+        if self.pending:
+            values = torch.stack([terms for _, _, terms in self.pending]).cpu().double()
+            self._check(values)
+            for row in values:  # one by one, so that it does not matter when they are read
+                self.sums = row.clone() if self.sums is None else self.sums + row
+            self.count += len(values)
+            self.newest = dict(zip(self.names, values[-1].tolist(), strict=True))
+            self.pending = []
+        return self.newest
+
+    def _check(self, values: Tensor) -> None:
+        bad = (~values.isfinite()).nonzero()
+        if not len(bad):
+            return
+        row, column = bad[0].tolist()
+        epoch, step, _ = self.pending[row]
+        kept = "" if self.folder is None else f" The last good checkpoint is in {self.folder.path / CHECKPOINTS}."
+        raise TrainingDiverged(
+            f"the loss term {self.names[column]!r} is {values[row, column].item()} at epoch {epoch + 1}, step {step}: "
+            f"try a lower lr, clip_grad=1.0, or mixed_precision='no'.{kept}"
+        )
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """Returns the means of the terms over the epoch and all processes."""
+        assert self.sums is not None, "read comes first"
+        means = accelerator.reduce((self.sums / self.count).float().to(accelerator.device), "mean")
+        return dict(zip(self.names, means.tolist(), strict=True))
