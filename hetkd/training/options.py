@@ -44,12 +44,13 @@ class TrainingOptions:
         cpu: Train on the CPU although there is an accelerator.
         checkpoint_steps: Steps between checkpoints within an epoch; ``None``: only as ``checkpoint_minutes``
             says. One is always written at the end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
-        checkpoint_minutes: Minutes after which a checkpoint is written within an epoch, or ``None``. keep_last:
-        How many checkpoints are kept; the one before the last serves where the last is damaged. progress: Show a
-        progress bar and a line an epoch. log_every: Steps between readings of the loss, and looks for NaN.
+        checkpoint_minutes: Minutes after which a checkpoint is written within an epoch, or ``None``.
+        keep_last: How many checkpoints are kept; the one before the last serves where the last is damaged.
+        progress: Show a progress bar and a line an epoch.
+        log_every: Steps between readings of the loss, and looks for NaN.
         returns: How often a run that diverges (a loss or weight that is NaN or Inf) goes back to its last
-        checkpoint, and
-            on from there with another order of the data; 0 ends it with an error. In one process only.
+            checkpoint, and on from there with another order of the data; 0 ends it with an error. In one
+            process only.
     """
 
     batch_size: int = 64
