@@ -26,6 +26,7 @@ from hetkd.adapter import (
 from hetkd.distributed import world_size
 from hetkd.inputs import InputSpec, InputTransform, Normalization, check_images, check_labels, input_spec
 from hetkd.methods import Combined, Method, MultiTeacher, make_method
+from hetkd.methods.base import whole_number
 from hetkd.methods.feature import count_parameters
 from hetkd.models import architecture_name, copy_label_names, load_model, save_model, tapped_module, unwrap
 from hetkd.names import unknown_name
@@ -238,13 +239,17 @@ class Distiller(nn.Module):
         sizes = [tap.size for tap in self.taps.values()]
         return max(size[0] for size in sizes), max(size[1] for size in sizes)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> DistillerOutput:
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, targets: Mapping[str, Tensor] | None = None
+    ) -> DistillerOutput:
         """Computes the loss of one training step.
 
         Args:
             images: ``[B, C, H, W]``, float in [0, 1] (or as ``normalized`` says) or uint8.
             labels: Classes ``[B]`` (int64), class probabilities ``[B, classes]``, or ``None`` for
                 learning without labels: no cross-entropy.
+            targets: What the method's ``encode`` made of these images before (`cache_teacher`); then the
+                teacher is not run.
 
         Raises:
             TypeError: If images or labels have a wrong dtype.
@@ -256,15 +261,14 @@ class Distiller(nn.Module):
                 f"a batch of one image has no statistics, which {self.method.title} needs: use larger batches "
                 "(drop_last=True for the last one)."
             )
-        targets: dict[str, Tensor] = {}
-        teacher_logits = None
-        if self._teachers:
+        teacher_logits = None if targets is None else targets.get("logits")
+        if targets is None and self._teachers:
             with torch.no_grad():
                 features = [teacher.run(images) for teacher in self._teachers]
                 targets, teacher_logits = self.method.encode(*features), _joint_logits(features)
         with both_classifiers(self._student.model, enabled=self.method.uses_distillation_token):
             student = self._student.run(images)
-        terms = self.method(student, targets, labels)
+        terms = self.method(student, targets or {}, labels)
         if not terms:
             raise ValueError("there is nothing to learn from: no labels, and the method has no term without them.")
         return DistillerOutput(torch.stack(list(terms.values())).sum(), terms, student.logits, teacher_logits)
@@ -321,6 +325,59 @@ class Distiller(nn.Module):
 
         self._looked_at_values = False
         return fit(self, train, val, epochs=epochs, output_dir=output_dir, resume=resume, options=options)
+
+    def cache_teacher(
+        self,
+        train: Any,
+        path: str | Path,
+        *,
+        views: int = 1,
+        top_k: int | None = None,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        """Runs the teacher once over ``views`` augmented views of each training image, and keeps what it says.
+
+        ``fit(train, teacher_cache=path)`` then trains from it without running the teacher: epoch e takes view
+        e modulo ``views``. Augmentation is a pure function of (seed, view, image), so the student sees what the teacher
+        saw. Stopped and called again, it goes on.
+
+        Args:
+            train: As for `fit`, but no loader.
+            path: A folder; the bytes it will take are printed first.
+            views: Augmented views of each image.
+            top_k: Logits kept an image; the other classes share what is left. ``None``: all.
+            batch_size: Images a forward of the teacher.
+            num_workers: Processes that load images.
+            seed: Of the augmentation.
+            progress: Print how far it is.
+
+        Raises:
+            ValueError: If ``path`` holds another cache, or the method uses no teacher.
+            TypeError: If ``train`` is a loader.
+        """
+        from hetkd.training.data import as_single_images, make_dataset
+        from hetkd.training.teacher_cache import write_cache
+
+        if not self._teachers:
+            raise ValueError(f"{self.method.title} uses no teacher, so there is nothing to cache.")
+        whole_number("views", views)
+        if top_k is not None:
+            whole_number("top_k", top_k)
+        size, spec = self.loading_size, self.student_inputs.spec
+        dataset = make_dataset(train, what="train", spec=spec, size=size, train=True, seed=seed)
+        write_cache(
+            self,
+            as_single_images(dataset, "train", seed),
+            Path(path),
+            views=views,
+            top_k=top_k,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            report=print if progress else lambda line: None,
+        )
 
     def evaluate(self, data: Any, *, batch_size: int = 128) -> dict[str, float]:
         """Evaluates the student.

@@ -3,17 +3,22 @@
     python recipes/bench.py tap                     # the tap against a plain forward
     python recipes/bench.py tap --models timm:resnet18 --repeats 60 --json tap.json
     python recipes/bench.py loop                    # `fit` on a small data set against the bare step
+    python recipes/bench.py cache                   # an epoch from the teacher cache against plain training
 
 `tap`: plain and tapped forward passes of one model take turns; the figures are medians of their times,
 the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
 
 `loop`: images a second of `fit`, which draws, augments and accounts for batches of a data set that stays on the
 device as uint8, against the same step (forward of both models, loss, backward, update) on one batch again and again.
+
+`cache`: seconds of an epoch of `fit` with the teacher live and from the cache, against the student alone (`ce`), on the
+same images; the three take turns, and the figures are medians.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +52,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.what == "tap":
         rows = [bench_tap(name, device, arguments) for name in arguments.models]
+    elif arguments.what == "cache":
+        rows = [bench_cache(method, device, arguments) for method in ("kd", "uhkd", "sfkd")]
     else:
         rows = [bench_loop(method, device, arguments) for method in ("ce", "kd", "sfkd")]
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -117,6 +124,37 @@ def bench_loop(method: str, device: torch.device, arguments: argparse.Namespace)
     }
 
 
+def bench_cache(method: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compares epochs with the teacher live, from the cache, and without it."""
+    images = torch.randint(256, (arguments.batch_size * arguments.repeats, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(100, (len(images),))
+    teacher = load_model("timm:vit_tiny_patch16_224", pretrained=False, num_classes=100, img_size=64).to(device)
+
+    def seconds(method: str, **options: Any) -> float:
+        student = load_model("timm:resnet10t", pretrained=False, num_classes=100).to(device)
+        distiller = Distiller(teacher, student, method, input_size={"teacher": 64, "student": 64})
+        if options:
+            distiller.cache_teacher((images, labels), options["teacher_cache"], progress=False)
+        result = distiller.fit((images, labels), epochs=1, batch_size=arguments.batch_size, progress=False, **options)
+        return result.history[0]["seconds"]
+
+    times: dict[str, list[float]] = {"alone": [], "live": [], "cached": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(4):
+            times["alone"].append(seconds("ce"))
+            times["live"].append(seconds(method))
+            times["cached"].append(seconds(method, teacher_cache=folder))
+    alone, live, cached = (statistics.median(of_kind[1:]) for of_kind in times.values())  # the first warms up
+    return {
+        "method": method,
+        "alone_s": alone,
+        "live_s": live,
+        "cached_s": cached,
+        "live_ratio": live / alone,
+        "cached_ratio": cached / alone,
+    }
+
+
 def take_turns(
     first: Callable[[], Any], second: Callable[[], Any], repeats: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
@@ -152,7 +190,7 @@ def peak_memory(function: Callable[[], Any], model: nn.Module, images: Tensor) -
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["tap", "loop"], default="tap")
+    parser.add_argument("what", nargs="?", choices=["tap", "loop", "cache"], default="tap")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"models that take {PIXELS} px")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)

@@ -71,6 +71,8 @@ def test_bench(tmp_path):
     assert row["memory_ratio"] >= 1
     row = bench.bench_loop("kd", torch.device("cpu"), short)
     assert 0 < row["fit_images_per_second"] == row["ratio"] * row["step_images_per_second"]
+    row = bench.bench_cache("kd", torch.device("cpu"), short)
+    assert row["cached_ratio"] > 0
 
 
 def test_coverage(tmp_path):

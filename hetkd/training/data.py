@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hetkd.inputs import InputSpec
-from hetkd.training.random_state import seeded
+from hetkd.training.random_state import sample_seed, seeded
 
 
 class UnreadableImage(OSError):
@@ -90,7 +90,7 @@ class TransformedImages(Dataset[Any]):
         raise UnreadableImage("no image of the data set can be read.")
 
     def _load(self, index: int) -> Any:
-        with nullcontext() if self.seed is None else seeded(self.seed, self.epoch, index):
+        with nullcontext() if self.seed is None else seeded(sample_seed(self.seed, self.epoch, index)):
             image, label = _image_and_label(self.dataset[index])
             image = image if isinstance(image, Tensor) else self.transform(image)
         return image if label is None else (image, label)
@@ -129,6 +129,7 @@ def make_loader(
     num_workers: int,
     seed: int = 0,
     skip_unreadable: bool = False,
+    wrap: Callable[[TransformedImages], Dataset[Any]] | None = None,
 ) -> Iterable[Any]:
     """Makes a loader of batches of images and labels.
 
@@ -144,44 +145,75 @@ def make_loader(
         num_workers: Loading processes.
         seed: Of what is random about single training images.
         skip_unreadable: See `TransformedImages`.
+        wrap: Makes another dataset of the one that would be loaded; then a loader is refused.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
         TypeError: If ``data`` is none of these.
         ValueError: If it is empty.
     """
+    dataset: Any = make_dataset(
+        data, what=what, spec=spec, size=size, train=train, seed=seed, skip_unreadable=skip_unreadable
+    )
+    if wrap is not None:
+        dataset = wrap(as_single_images(dataset, what, seed))
+    elif _is_loader(dataset):
+        return cast(Iterable[Any], dataset)
+    drop_last = train and len(dataset) >= batch_size
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=train,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        collate_fn=_as_it_is if isinstance(dataset, TensorImages) else None,
+    )
+
+
+def make_dataset(
+    data: Any,
+    *,
+    what: str,
+    spec: InputSpec,
+    size: tuple[int, int],
+    train: bool,
+    seed: int = 0,
+    skip_unreadable: bool = False,
+) -> Any:
+    """Makes a dataset of what `make_loader` takes; a loader is returned as it is."""
     if isinstance(data, (str, Path)):
         data = _image_folder(Path(data), what)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
         data = TensorImages(*data)
     elif isinstance(data, Tensor):
         data = TensorImages(data, None)
-    if _is_loader(data):
-        _refuse_empty(data, what)
+    _refuse_empty(data, what)
+    if _is_loader(data) or isinstance(data, TensorImages):
         return data
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(
             f"{what} must be a folder, a dataset, tensors (images, labels) or a loader, got {type(data).__name__}."
         )
-    _refuse_empty(data, what)
-    if not isinstance(data, TensorImages):
-        data = TransformedImages(
-            data, _image_transform(spec, size, train), seed if train else None, skip_unreadable=skip_unreadable
-        )
-    drop_last = train and len(data) >= batch_size
-    return DataLoader(
-        data,
-        batch_size=batch_size,
-        shuffle=train,
-        drop_last=drop_last,
-        num_workers=num_workers,
-        collate_fn=_as_it_is if isinstance(data, TensorImages) else None,
-    )
+    transform = _image_transform(spec, size, train)
+    return TransformedImages(data, transform, seed if train else None, skip_unreadable=skip_unreadable)
+
+
+def as_single_images(dataset: Any, what: str, seed: int) -> TransformedImages:
+    """Returns a dataset whose images have numbers, on which a teacher cache is founded.
+
+    Raises:
+        TypeError: If it is a loader.
+    """
+    if _is_loader(dataset):
+        raise TypeError(f"{what} is a loader, whose images have no numbers; a teacher cache needs a dataset.")
+    return dataset if isinstance(dataset, TransformedImages) else TransformedImages(dataset, _as_it_is, seed)
 
 
 def has_labels(loader: Iterable[Any]) -> bool | None:
     """Says whether the samples of a loader have labels; ``None`` if it is not one of `make_loader`'s own."""
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
+    if hasattr(dataset, "cache"):  # a CachedImages
+        dataset = dataset.dataset
     if isinstance(dataset, TensorImages):
         return dataset.labels is not None
     if isinstance(dataset, TransformedImages):

@@ -28,6 +28,7 @@ from hetkd.training.progress import TrainingProgress
 from hetkd.training.random_state import random_state, restore_random_state
 from hetkd.training.signals import Signals
 from hetkd.training.targets import TargetMaker
+from hetkd.training.teacher_cache import CachedImages, TeacherCache
 from hetkd.training.terms import Terms, TrainingDiverged
 
 if TYPE_CHECKING:
@@ -110,10 +111,12 @@ class _Run:
 
         self.distiller, self.epochs, self.folder, self.options = distiller, epochs, folder, options
         self.notes: list[str] = []
+        self.cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
         train_loader = self._train_loader(train)
         val_loader = None if val is None else eval_loader(distiller, val, 2 * options.batch_size, options.num_workers)
         self.targets = TargetMaker(options, distiller)
-        if has_labels(train_loader) is False:
+        self.has_labels = has_labels(train_loader)
+        if self.has_labels is False:
             self._refuse_missing_labels()
         self.accelerator = _accelerator(options, distiller.method)
         if options.returns and self.accelerator.num_processes > 1:
@@ -153,9 +156,16 @@ class _Run:
             batch_size=options.batch_size,
             train=True,
             num_workers=options.num_workers,
-            seed=options.seed,
+            seed=options.seed if self.cache is None else self.cache.about["seed"],
             skip_unreadable=options.unreadable == "skip",
+            wrap=None if self.cache is None else self._with_cache,
         )
+
+    def _with_cache(self, dataset: TransformedImages) -> CachedImages:
+        assert self.cache is not None
+        self.cache.verify()
+        self.cache.check(self.distiller, dataset)
+        return CachedImages(dataset, self.cache)
 
     def _prepared(self, loader: Iterable[Any]) -> Any:
         """Shares a loader out to the processes; other iterables are each process's own."""
@@ -311,11 +321,11 @@ class _Run:
         part, self.interrupted = self.interrupted or _Interrupted(), None
         terms = Terms(self.folder, part.sums, part.count)
         images_seen, since, step = part.images, time.perf_counter() - part.seconds, part.step
-        for step, (images, labels) in enumerate(self._batches(epoch, part.step), start=part.step + 1):
+        for step, (images, labels, targets) in enumerate(self._batches(epoch, part.step), start=part.step + 1):
             if part.random is not None:  # as it was after the last step before the interruption
                 restore_random_state(part.random)
                 part.random = None
-            self._step(epoch, step, images, labels, terms)
+            self._step(epoch, step, images, labels, targets, terms)
             images_seen += len(images)
             self.steps += 1
             progress.step()
@@ -361,19 +371,25 @@ class _Run:
         flag = torch.tensor(float(wanted), device=self.device)
         return bool(self.accelerator.reduce(flag, "sum").item() > 0)
 
-    def _batches(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yields the batches of an epoch from number ``skip`` on."""
+    def _batches(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor | None, dict[str, Tensor] | None]]:
+        """Yields the batches of an epoch from number ``skip`` on, with the teacher's targets if they are cached."""
         for batch in self._loader(epoch, skip):
-            images, labels = images_and_labels(batch)
+            targets = None
+            if self.cache is not None:
+                images, labels, records = batch
+                labels = labels if self.has_labels else None
+                targets = self.cache.targets({name: x.to(self.device) for name, x in records.items()})
+            else:
+                images, labels = images_and_labels(batch)
             if labels is None:
                 self._refuse_missing_labels()
-                yield images.to(self.device, non_blocking=True), None
+                yield images.to(self.device, non_blocking=True), None, targets
                 continue
             if isinstance(images, Tensor) and isinstance(labels, Tensor):
                 # Here the labels are still on the CPU, where looking at them costs nothing.
                 check_labels(labels, len(images), self.distiller.classes, labels.device.type == "cpu")
                 images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            yield images, labels
+            yield images, labels, targets
 
     def _refuse_missing_labels(self) -> None:
         if self.distiller.method.ce_weight:
@@ -386,25 +402,34 @@ class _Run:
 
         dataset = getattr(self.train, "dataset", None)
         order = epoch + self.returned * 1_000_003  # another one after each return
-        if isinstance(dataset, TransformedImages):
+        if isinstance(dataset, (TransformedImages, CachedImages)):
             dataset.epoch = order
         if hasattr(self.train, "set_epoch"):
             self.train.set_epoch(order)
         if not skip:
             return self.train
-        if isinstance(dataset, (TransformedImages, TensorImages)):  # what a batch holds depends on nothing before it
+        # Of these, what a batch holds depends on nothing before it.
+        if isinstance(dataset, (TransformedImages, TensorImages, CachedImages)):
             rest = skip_first_batches(self.train, skip)
             rest.set_epoch(order)
             return rest
         return itertools.islice(self.train, skip, None)
 
-    def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor | None, terms: Terms) -> None:
+    def _step(
+        self,
+        epoch: int,
+        step: int,
+        images: Tensor,
+        labels: Tensor | None,
+        targets: dict[str, Tensor] | None,
+        terms: Terms,
+    ) -> None:
         images, labels = self.targets(images, labels)
         with self.accelerator.accumulate(self.model):
             if self.accelerator.sync_gradients and self.scheduler is not None:
                 self.scheduler.step_update(self.update)
             try:
-                output = self.model(images, labels)
+                output = self.model(images, labels, targets)
                 self.accelerator.backward(output.loss)
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(_out_of_memory(len(images), self.options)) from error

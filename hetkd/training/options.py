@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,7 @@ class TrainingOptions:
         keep_last: How many checkpoints are kept; the one before the last serves where the last is damaged.
         progress: Show a progress bar and a line an epoch.
         log_every: Steps between readings of the loss, and looks for NaN.
+        teacher_cache: A folder that `hetkd.Distiller.cache_teacher` made: the teacher is not run.
         returns: How often a run that diverges (a loss or weight that is NaN or Inf) goes back to its last
             checkpoint, and on from there with another order of the data; 0 ends it with an error. In one
             process only.
@@ -81,6 +83,7 @@ class TrainingOptions:
     keep_last: int = 2
     progress: bool = True
     log_every: int = 10
+    teacher_cache: str | Path | None = None
     returns: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +100,11 @@ class TrainingOptions:
                 positive(name, getattr(self, name))
         if not (isinstance(self.returns, int) and self.returns >= 0):
             raise ValueError(f"returns={self.returns!r} must be a whole number of at least 0.")
+        if self.teacher_cache is not None and (self.augment is not None or self.mixup or self.cutmix):
+            raise ValueError(
+                "teacher_cache holds what the teacher says of each image as it is loaded; augment, mixup and cutmix "
+                "change images after that: leave them out, or put the augmentation into the dataset."
+            )
         choice("unreadable", self.unreadable, ["error", "skip"])
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema={self.ema} must be between 0 and 1, for example 0.9999.")
@@ -135,4 +143,8 @@ class TrainingOptions:
     def settings(self) -> dict[str, Any]:
         """Returns the options as JSON values, for records of the run."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "augment": None if self.augment is None else repr(self.augment)}
+        return {
+            **values,
+            "augment": None if self.augment is None else repr(self.augment),
+            "teacher_cache": None if self.teacher_cache is None else str(self.teacher_cache),
+        }

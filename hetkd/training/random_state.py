@@ -41,11 +41,15 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """Returns the seed, of 64 bits, of everything random about one image of an epoch."""
+    digest = hashlib.blake2b(repr((seed, epoch, index)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Seeds the CPU generators by ``numbers`` while the context lasts; afterwards they are as they were."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little")
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the CPU generators while the context lasts; afterwards they are as they were."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,0 +1,341 @@
+"""What the teacher says of every training image, on disk: run it once over a few views, train from it many times."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from hetkd.files import write_atomically, write_json
+from hetkd.methods import Method
+from hetkd.training.data import TransformedImages
+from hetkd.training.random_state import sample_seed
+
+if TYPE_CHECKING:
+    from hetkd.distiller import Distiller
+
+INDEX = "index.json"
+SHARD_RECORDS = 16_384
+_CHECKED_SAMPLES = 16
+
+
+class TeacherCache:
+    """A folder of cached targets: fixed-size records in memory-mapped shards, and an index that describes them.
+
+    A record holds the seed of the image's augmentation, the ``top_k`` largest logits in half precision (the others
+    share what is left of the probability), and each further target of `hetkd.Method.encode` in half precision
+    with a scale.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ValueError: If it holds no complete cache, or a shard is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        index = self.path / INDEX
+        if not index.exists():
+            raise ValueError(f"teacher_cache={str(path)!r} holds no cache: make one by distiller.cache_teacher(...).")
+        self.about: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        missing = self._expected_shards() - set(self.about["shards"])
+        if missing:
+            raise ValueError(
+                f"teacher_cache={str(path)!r} is not complete ({len(missing)} shards are missing): the same call of "
+                "cache_teacher goes on."
+            )
+        self.dtype = record_dtype(self.about["shapes"], self.about["top_k"])
+        self._shards: dict[str, Any] = {}
+
+    def _expected_shards(self) -> set[str]:
+        return {name for name, _, _ in shards(self.about["samples"], self.about["views"])}
+
+    def verify(self) -> None:
+        """Reads everything once and compares checksums.
+
+        Raises:
+            ValueError: If a shard is damaged.
+        """
+        for name, checksum in self.about["shards"].items():
+            with (self.path / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
+                    raise ValueError(f"{self.path / name} is damaged: remove it, and call cache_teacher again.")
+
+    def check(self, distiller: Distiller, dataset: TransformedImages) -> None:
+        """Refuses a cache that was made of other data, another transform, teacher or method.
+
+        Raises:
+            ValueError: If anything differs; the message says what.
+        """
+        expected = {
+            "samples": len(dataset),
+            "method": _encoding(distiller.method),
+            "stages": _stages(distiller),
+            "teacher": [fingerprint_model(teacher) for teacher in distiller.teachers],
+            "data": fingerprint_data(dataset),
+        }
+        for name, value in expected.items():
+            if self.about[name] != value:
+                raise ValueError(
+                    f"teacher_cache={str(self.path)!r} was made with another {_WHAT.get(name, name)} "
+                    f"({self.about[name]!r}, now {value!r})."
+                )
+
+    def record(self, view: int, index: int) -> dict[str, Tensor]:
+        """Returns the record of image ``index`` in ``view``, as tensors.
+
+        Raises:
+            ValueError: If it is the record of something else.
+        """
+        name = shard_name(view, index // SHARD_RECORDS)
+        if name not in self._shards:
+            self._shards[name] = np.memmap(self.path / name, dtype=self.dtype, mode="r")
+        record = self._shards[name][index % SHARD_RECORDS]
+        if int(record["seed"]) != sample_seed(self.about["seed"], view, index):
+            raise ValueError(f"{self.path / name} is damaged: image {index} has the record of another one.")
+        fields = {field: np.array(record[field]) for field in self.dtype.names or () if field != "seed"}
+        return {
+            field: torch.from_numpy(x.astype(np.int32) if x.dtype == np.uint16 else x) for field, x in fields.items()
+        }
+
+    def targets(self, records: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turns a batch of records back into the targets that `hetkd.Method.forward` takes, in float32."""
+        targets: dict[str, Tensor] = {}
+        for name in self.about["shapes"]:
+            if _is_logits(name):
+                targets[name] = self._logits(records, name)
+            else:
+                scale = records[f"{name}.scale"]
+                targets[name] = records[name].float() * scale.reshape(-1, *(1 for _ in records[name].shape[1:]))
+        return targets
+
+    def _logits(self, records: Mapping[str, Tensor], name: str) -> Tensor:
+        top, ids, rest = (records[f"{name}.{part}"] for part in ("top", "ids", "rest"))
+        logits = rest.float().unsqueeze(1).repeat(1, self.about["shapes"][name][0])
+        return logits.scatter(1, ids.long(), top.float())
+
+
+_WHAT = {"data": "data set or input transform", "teacher": "teacher", "samples": "number of images"}
+
+
+class CachedImages(Dataset[Any]):
+    """A training set whose samples come with the teacher's records: (image, label, record).
+
+    Attributes:
+        unreadable: See `TransformedImages`.
+    """
+
+    def __init__(self, dataset: TransformedImages, cache: TeacherCache) -> None:
+        self.dataset, self.cache = dataset, cache
+        self._epoch = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch; its views follow one another in a circle."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self.dataset.epoch = epoch % self.cache.about["views"]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.dataset[index]
+        image, label = sample if isinstance(sample, tuple) else (sample, -1)
+        return image, label, self.cache.record(self.dataset.epoch, index)
+
+
+def write_cache(
+    distiller: Distiller,
+    dataset: TransformedImages,
+    path: Path,
+    *,
+    views: int,
+    top_k: int | None,
+    batch_size: int,
+    num_workers: int,
+    report: Callable[[str], None],
+) -> None:
+    """Runs the teacher over all views of all images; see `hetkd.Distiller.cache_teacher`."""
+    shapes = _target_shapes(distiller, dataset)
+    dtype = record_dtype(shapes, top_k)
+    about: dict[str, Any] = {
+        "views": views,
+        "top_k": top_k,
+        "shapes": shapes,
+        "seed": dataset.seed,
+        "samples": len(dataset),
+        "method": _encoding(distiller.method),
+        "stages": _stages(distiller),
+        "teacher": [fingerprint_model(teacher) for teacher in distiller.teachers],
+        "data": fingerprint_data(dataset),
+        "shards": {},
+    }
+    total = dtype.itemsize * len(dataset) * views
+    report(
+        f"{dtype.itemsize:,} bytes an image and view, {total / 1e9:.2f} GB for {len(dataset):,} images x {views} views"
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    if (path / INDEX).exists():
+        before = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        different = [name for name, value in about.items() if name != "shards" and before.get(name) != value]
+        if different:
+            raise ValueError(f"{path} holds another cache (other {', '.join(different)}): choose another path.")
+        about["shards"] = before["shards"]
+    for name, view, indices in shards(len(dataset), views):
+        if name in about["shards"] and (path / name).exists():
+            continue
+        dataset.epoch = view
+        loader = DataLoader(Subset(dataset, list(indices)), batch_size=batch_size, num_workers=num_workers)
+        records = _records(distiller, loader, dtype, shapes, top_k)
+        seeds = [sample_seed(dataset.seed or 0, view, index) for index in indices]
+        content = _fill(np.zeros(len(seeds), dtype), records, seeds)
+        write_atomically(path / name, lambda temporary, content=content: temporary.write_bytes(content))  # type: ignore[misc]
+        about["shards"][name] = hashlib.sha256(content).hexdigest()
+        write_json(path / INDEX, about)
+        report(f"view {view + 1}/{views}: {indices.stop:,}/{len(dataset):,} images")
+    dataset.epoch = 0
+
+
+def shards(samples: int, views: int) -> Iterator[tuple[str, int, range]]:
+    """Yields name, view and image indices of every shard."""
+    for view in range(views):
+        for number, start in enumerate(range(0, samples, SHARD_RECORDS)):
+            yield shard_name(view, number), view, range(start, min(samples, start + SHARD_RECORDS))
+
+
+def shard_name(view: int, number: int) -> str:
+    """Returns the file name of a shard."""
+    return f"view{view:03d}-{number:05d}.bin"
+
+
+def record_dtype(shapes: Mapping[str, list[int]], top_k: int | None) -> np.dtype[Any]:
+    """Returns the layout of a record for targets of these shapes (without the batch)."""
+    fields: list[tuple[Any, ...]] = [("seed", "<u8")]
+    for name, shape in shapes.items():
+        if _is_logits(name):
+            count = _kept(shape[0], top_k)
+            fields += [(f"{name}.top", "<f2", (count,)), (f"{name}.ids", "<u2", (count,)), (f"{name}.rest", "<f4")]
+        else:
+            fields += [(name, "<f2", tuple(shape)), (f"{name}.scale", "<f4")]
+    return np.dtype(fields)
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """Returns a digest of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_data(dataset: TransformedImages) -> str:
+    """Returns a digest of some images, evenly spread, as they come out of the transform in the first view."""
+    digest = hashlib.sha256()
+    before, dataset.epoch = dataset.epoch, 0
+    step = max(1, len(dataset) // _CHECKED_SAMPLES)
+    for index in range(0, len(dataset), step):
+        sample = dataset[index]
+        image = sample[0] if isinstance(sample, tuple) else sample
+        digest.update(image.contiguous().numpy().tobytes())
+    dataset.epoch = before
+    return digest.hexdigest()
+
+
+def _is_logits(name: str) -> bool:
+    return name == "logits" or name.endswith(".logits")
+
+
+def _kept(classes: int, top_k: int | None) -> int:
+    return classes if top_k is None else min(classes, top_k)
+
+
+def _stages(distiller: Distiller) -> list[list[str]]:
+    return [[pair.teacher.name, pair.student.name] for pair in distiller.method.pairs or ()]
+
+
+def _encoding(method: Method) -> dict[str, Any]:
+    """Returns the options of a method as JSON values, without the weights of its terms, which change no target."""
+    settings = json.loads(json.dumps(method.settings()))
+    parts = [_encoding(part) for part in getattr(method, "methods", [])]
+    options = {
+        name: value
+        for name, value in settings.items()
+        if name not in ("temperature", "weights", "parts") and not name.endswith(("_weight", "_weights"))
+    }
+    return {**options, "parts": parts} if parts else options
+
+
+@torch.no_grad()
+def _encoded(distiller: Distiller, images: Tensor) -> dict[str, Tensor]:
+    teachers = [tap for role, tap in distiller.taps.items() if role != "student"]
+    return distiller.method.encode(*(tap.run(images) for tap in teachers))
+
+
+def _target_shapes(distiller: Distiller, dataset: TransformedImages) -> dict[str, list[int]]:
+    sample = dataset[0]
+    image = sample[0] if isinstance(sample, tuple) else sample
+    encoded = _encoded(distiller, image.unsqueeze(0).to(_device(distiller)))
+    return {name: list(x.shape[1:]) for name, x in encoded.items()}
+
+
+def _device(distiller: Distiller) -> torch.device:
+    return distiller.taps["student"].device
+
+
+def _records(
+    distiller: Distiller,
+    loader: DataLoader[Any],
+    dtype: np.dtype[Any],
+    shapes: Mapping[str, list[int]],
+    top_k: int | None,
+) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    for batch in loader:
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        encoded = _encoded(distiller, images.to(_device(distiller), non_blocking=True))
+        fields: dict[str, Tensor] = {}
+        for name in shapes:
+            x = encoded[name].float()
+            if _is_logits(name):
+                fields |= _compressed_logits(name, x, _kept(x.shape[1], top_k))
+            else:
+                scale = x.flatten(1).abs().amax(1).clamp_min(1e-30)
+                fields[f"{name}.scale"] = scale
+                fields[name] = x / scale.reshape(-1, *(1 for _ in x.shape[1:]))
+        yield {name: x.cpu().numpy() for name, x in fields.items()}
+
+
+def _compressed_logits(name: str, logits: Tensor, count: int) -> dict[str, Tensor]:
+    # Relative to the largest, which changes no probability, logits keep the most bits in half precision.
+    logits = logits - logits.amax(1, keepdim=True)
+    top, ids = logits.topk(count, dim=1)
+    classes = logits.shape[1]
+    rest = torch.zeros(len(logits))
+    if count < classes:
+        others = logits.scatter(1, ids, -math.inf).logsumexp(1)
+        rest = others - math.log(classes - count)
+    return {f"{name}.top": top, f"{name}.ids": ids, f"{name}.rest": rest}
+
+
+def _fill(content: np.ndarray[Any, Any], batches: Iterator[dict[str, np.ndarray[Any, Any]]], seeds: list[int]) -> bytes:
+    content["seed"] = seeds
+    start = 0
+    for batch in batches:
+        stop = start + len(next(iter(batch.values())))
+        for name, values in batch.items():
+            content[name][start:stop] = values
+        start = stop
+    return content.tobytes()
