@@ -7,6 +7,7 @@ import re
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
+from safetensors.torch import load_file
 from test_adapters import HUGGING_FACE, hugging_face
 
 from hetkd import list_methods
@@ -63,6 +64,16 @@ def test_adapters_readme(index, small_world, capsys):
 @pytest.mark.parametrize("index", list(range(len(snippets("docs/methods/README.md")))))
 def test_methods_page(index, small_world):
     run(snippets("docs/methods/README.md")[index])
+
+
+@pytest.mark.filterwarnings("ignore")  # of the other trainers
+@pytest.mark.parametrize("index", list(range(len(snippets("docs/other-trainers.md")))))
+def test_other_trainers(index, small_world):
+    source = snippets("docs/other-trainers.md")[index]
+    if "import lightning" in source:
+        pytest.importorskip("lightning")
+    run(source)
+    assert load_file("student.safetensors")["fc.weight"].shape[0] == 10
 
 
 def test_readme_names_everything_that_exists():
