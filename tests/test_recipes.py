@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import timm
@@ -461,3 +462,62 @@ def test_hf_to_cnn_packs_what_timm_loads(tmp_path, monkeypatch, capsys, classes)
     assert "2 classes: cat, dog" in card
     assert len(uploads) == (2 if classes == 2 else 0)
     assert ("features teach, its logits do not" in capsys.readouterr().out) == (classes == 5)
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path, data_folder):
+    """Four classes of six crops of real ImageNet images, and weights of a small teacher for them."""
+    from hetkd.models import save_model
+
+    archive = zipfile.ZipFile(next((data_folder / "imagenet_samples_1000").glob("*.zip")))
+    pictures = [name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg"))][:4]
+    for label, name in enumerate(pictures):
+        with Image.open(archive.open(name)) as picture:
+            for split, count in (("train", 6), ("val", 3)):
+                (tmp_path / "data" / split / f"n{label}").mkdir(parents=True)
+                for index in range(count):
+                    crop = picture.convert("RGB").crop((10 * index, 0, 10 * index + 150, 150))
+                    crop.save(tmp_path / "data" / split / f"n{label}" / f"{index}.jpg")
+    archive.close()
+    save_model(timm.create_model("test_vit", num_classes=4), tmp_path / "teacher.safetensors")
+    return tmp_path
+
+
+IMAGENET = ("--teacher", "timm:test_vit", "--teacher-weights", "teacher.safetensors", "--data", "data")
+
+
+def test_imagenet_in_two_processes_and_again(tiny_imagenet):
+    words = (*IMAGENET, "--student", "timm:test_resnet", "--batch-size", "4", "--workers", "0", "--output", "out")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for _ in range(2):  # the second time there is nothing left to do
+        done = subprocess.run(
+            [*command, str(RECIPES / "imagenet_sfkd.py"), *words, "--epochs", "2"],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            cwd=tiny_imagenet,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on after epoch 2" in done.stdout
+    history = json.loads((tiny_imagenet / "out" / "history.json").read_text())
+    settings = json.loads((tiny_imagenet / "out" / "settings.json").read_text())
+    assert len(history) == 2
+    assert settings["effective_batch_size"] == 8
+    assert (settings["optimizer"], settings["lr"], settings["scheduler"]) == ("sgd", 0.1, "step")
+
+
+def test_imagenet_dry_run_and_the_protocol_of_transformers(tiny_imagenet):
+    words = (*IMAGENET, "--student", "timm:test_vit2", "--batch-size", "4")
+    out = run("imagenet_sfkd.py", *words, "--dry-run", cwd=tiny_imagenet)
+    assert "24 training images, 300 epochs" in out
+    assert "effective batch 4 = 4 images x 1 processes x 1 accumulated; the learning rate 0.0005" in out
+    assert "6 steps an epoch, 1,800 in all" in out
+    assert "method SFKD" in out
+    assert not (tiny_imagenet / "runs").exists()
+    run(
+        "imagenet_sfkd.py", *IMAGENET, *student, "--epochs", "1", "--workers", "0", "--output", "out", cwd=tiny_imagenet
+    )
+    settings = json.loads((tiny_imagenet / "out" / "settings.json").read_text())
+    assert (settings["optimizer"], settings["mixup"], settings["ema"]) == ("adamw", 0.8, 0.99996)
+    assert "RandAugment" in settings["augment"]

@@ -14,6 +14,7 @@ import kornia.augmentation as K
 import pytest
 import timm
 import torch
+from accelerate.tracking import GeneralTracker
 from conftest import REPOSITORY, batch, tiny_cnn, tiny_vit
 from PIL import Image
 from safetensors.torch import load_file
@@ -489,3 +490,29 @@ class TestDivergence:
         for path in (tmp_path / "checkpoints").glob("*/state.safetensors"):
             assert all(x.isfinite().all() for x in load_file(path).values() if x.is_floating_point())
         assert all(x.isfinite().all() for x in load_file(tmp_path / "last.safetensors").values())
+
+
+def test_trackers_get_settings_and_every_epoch(tmp_path):
+    class Notes(GeneralTracker):
+        name = "notes"
+        requires_logging_directory = False
+        settings, records = {}, []
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values):
+            self.settings.update(values)
+
+        def log(self, values, step, **kwargs):
+            self.records.append((step, values))
+
+    make("kd").fit(bright_or_dark(32), epochs=2, batch_size=16, trackers=[Notes()], **QUIET)
+    assert Notes.settings["effective_batch_size"] == 16
+    assert [step for step, _ in Notes.records] == [1, 2]
+    assert all(values["train/kd"] > 0 for _, values in Notes.records)
+    with pytest.raises(ValueError, match="'tensorbord', which is not installed or unknown"):
+        make("kd").fit(bright_or_dark(16), epochs=1, trackers=["tensorbord"], **QUIET)
+    with pytest.raises(TypeError, match="must be a list"):
+        make("kd").fit(bright_or_dark(16), epochs=1, trackers="wandb", **QUIET)

@@ -47,6 +47,7 @@ FREE_SETTINGS = {
     "checkpoint_minutes",
     "keep_last",
     "returns",
+    "trackers",
     "unreadable",
 }
 """What may differ between a run and its resumption without a word."""
@@ -118,7 +119,7 @@ class _Run:
         self.has_labels = has_labels(train_loader)
         if self.has_labels is False:
             self._refuse_missing_labels()
-        self.accelerator = _accelerator(options, distiller.method)
+        self.accelerator = _accelerator(options, distiller.method, None if folder is None else folder.path)
         if options.returns and self.accelerator.num_processes > 1:
             raise ValueError(f"returns={options.returns} works in one process only.")
         self.batch_size = getattr(train_loader, "batch_size", None) or options.batch_size
@@ -221,6 +222,7 @@ class _Run:
                 self._restore()
             if self.folder is not None and self.accelerator.is_main_process:
                 self.folder.start(self._settings(), str(self.distiller.plan))
+            self._start_trackers()
             show = self.options.progress and self.accelerator.is_main_process
             step = 0 if self.interrupted is None else self.interrupted.step
             with (
@@ -236,7 +238,14 @@ class _Run:
                 self.distiller.student.load_state_dict(self.ema.module.state_dict())
         finally:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         return self.result
+
+    def _start_trackers(self) -> None:
+        if self.options.trackers:
+            simple = {name: x for name, x in self._settings().items() if isinstance(x, (bool, int, float, str))}
+            self.accelerator.init_trackers("hetkd", config=simple)
 
     def _epochs(self, progress: TrainingProgress) -> None:
         """Trains what is left, and goes back to the last checkpoint as often as ``returns`` allows."""
@@ -295,6 +304,7 @@ class _Run:
         if self.val is not None:
             record |= measure(self.distiller, student, self.val, self.device, self.accelerator)
         self.result.history.append(record)
+        self.accelerator.log(record, step=epoch + 1)
         progress.epoch_done(record)
         is_best = self.val is None or record["top1"] > self.result.best.get("top1", -1.0)
         if is_best:
@@ -547,7 +557,7 @@ def _out_of_memory(batch: int, options: TrainingOptions) -> str:
     )
 
 
-def _accelerator(options: TrainingOptions, method: Method) -> Any:
+def _accelerator(options: TrainingOptions, method: Method, folder: Path | None) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
@@ -561,5 +571,7 @@ def _accelerator(options: TrainingOptions, method: Method) -> Any:
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation,
         cpu=options.cpu,
+        log_with=list(options.trackers) or None,
+        project_dir=None if folder is None else str(folder),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
     )

@@ -1,6 +1,6 @@
 """The options of a training run, checked before it starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class TrainingOptions:
         keep_last: How many checkpoints are kept; the one before the last serves where the last is damaged.
         progress: Show a progress bar and a line an epoch.
         log_every: Steps between readings of the loss, and looks for NaN.
+        trackers: Names of Accelerate's trackers (``"tensorboard"``, ``"wandb"``, ``"mlflow"``, ...) or tracker objects:
+            they get the settings, and the record of each epoch. Files go to ``output_dir``.
         teacher_cache: A folder that `hetkd.Distiller.cache_teacher` made: the teacher is not run.
         returns: How often a run that diverges (a loss or weight that is NaN or Inf) goes back to its last
             checkpoint, and on from there with another order of the data; 0 ends it with an error. In one
@@ -83,6 +85,7 @@ class TrainingOptions:
     keep_last: int = 2
     progress: bool = True
     log_every: int = 10
+    trackers: Sequence[Any] = ()
     teacher_cache: str | Path | None = None
     returns: int = 0
 
@@ -105,6 +108,7 @@ class TrainingOptions:
                 "teacher_cache holds what the teacher says of each image as it is loaded; augment, mixup and cutmix "
                 "change images after that: leave them out, or put the augmentation into the dataset."
             )
+        self._check_trackers()
         choice("unreadable", self.unreadable, ["error", "skip"])
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema={self.ema} must be between 0 and 1, for example 0.9999.")
@@ -115,6 +119,19 @@ class TrainingOptions:
         if self.augment is not None and not callable(self.augment):
             raise TypeError(f"augment must be a function on a batch of images, got {self.augment!r}.")
         self._check_optimizer()
+
+    def _check_trackers(self) -> None:
+        from accelerate.tracking import get_available_trackers
+
+        if isinstance(self.trackers, str):
+            raise TypeError(f"trackers={self.trackers!r} must be a list: trackers=[{self.trackers!r}].")
+        available = [str(name.value) for name in get_available_trackers()]
+        for tracker in self.trackers:
+            if isinstance(tracker, str) and tracker not in available:
+                installed = ", ".join(available) or "none"
+                raise ValueError(
+                    f"trackers has {tracker!r}, which is not installed or unknown; installed: {installed}."
+                )
 
     def _check_optimizer(self) -> None:
         from timm.optim import list_optimizers
@@ -146,5 +163,6 @@ class TrainingOptions:
         return {
             **values,
             "augment": None if self.augment is None else repr(self.augment),
+            "trackers": [str(tracker) for tracker in self.trackers],
             "teacher_cache": None if self.teacher_cache is None else str(self.teacher_cache),
         }
