@@ -496,7 +496,7 @@ def test_imagenet_in_two_processes_and_again(tiny_imagenet):
             text=True,
             timeout=200,
             cwd=tiny_imagenet,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr[-3000:]
     assert "going on after epoch 2" in done.stdout
@@ -515,9 +515,7 @@ def test_imagenet_dry_run_and_the_protocol_of_transformers(tiny_imagenet):
     assert "6 steps an epoch, 1,800 in all" in out
     assert "method SFKD" in out
     assert not (tiny_imagenet / "runs").exists()
-    run(
-        "imagenet_sfkd.py", *IMAGENET, *student, "--epochs", "1", "--workers", "0", "--output", "out", cwd=tiny_imagenet
-    )
+    run("imagenet_sfkd.py", *words, "--epochs", "1", "--workers", "0", "--output", "out", cwd=tiny_imagenet)
     settings = json.loads((tiny_imagenet / "out" / "settings.json").read_text())
     assert (settings["optimizer"], settings["mixup"], settings["ema"]) == ("adamw", 0.8, 0.99996)
     assert "RandAugment" in settings["augment"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hetkd.distributed import world_size
 from hetkd.inputs import check_labels
 from hetkd.methods import Method
 from hetkd.training.checkpoint import BEST, LAST, Checkpoint, RunFolder
@@ -558,20 +558,29 @@ def _out_of_memory(batch: int, options: TrainingOptions) -> str:
 
 
 def _accelerator(options: TrainingOptions, method: Method, folder: Path | None) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
     from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 
     # Accelerate keeps its settings for the whole process; a second run may have others.
-    AcceleratorState._reset_state(reset_partial_state=world_size() == 1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    cpu = options.cpu or not torch.accelerator.is_available()
+    PartialState(cpu=cpu)  # before anything else asks for it: only then do several processes on CPUs find each other
     # Without a loss on logits, the student's classifier gets no gradient.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not method.uses_student_logits)
-    return Accelerator(
+    accelerator = Accelerator(
         kwargs_handlers=[ddp],
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation,
-        cpu=options.cpu,
+        cpu=cpu,
         log_with=list(options.trackers) or None,
         project_dir=None if folder is None else str(folder),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"{launched} processes were launched, but this one trains with {accelerator.num_processes}: they would "
+            "overwrite each other's files. Unset WORLD_SIZE, or launch with accelerate launch or torchrun."
+        )
+    return accelerator
