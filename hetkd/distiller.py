@@ -29,7 +29,7 @@ from hetkd.methods import Combined, Method, MultiTeacher, make_method
 from hetkd.methods.base import whole_number
 from hetkd.methods.feature import count_parameters
 from hetkd.models import architecture_name, copy_label_names, load_model, save_model, tapped_module, unwrap
-from hetkd.names import unknown_name
+from hetkd.names import choice, unknown_name
 from hetkd.plan import POOLED, Plan, PlanRow, StageChoice, chosen_names, chosen_pairs, pair_stages
 
 if TYPE_CHECKING:
@@ -335,6 +335,7 @@ class Distiller(nn.Module):
         top_k: int | None = None,
         batch_size: int = 128,
         num_workers: int = 0,
+        unreadable: str = "error",
         seed: int = 0,
         progress: bool = True,
     ) -> None:
@@ -351,6 +352,7 @@ class Distiller(nn.Module):
             top_k: Logits kept an image; the other classes share what is left. ``None``: all.
             batch_size: Images a forward of the teacher.
             num_workers: Processes that load images.
+            unreadable: As for `fit`.
             seed: Of the augmentation.
             progress: Print how far it is.
 
@@ -367,7 +369,8 @@ class Distiller(nn.Module):
         if top_k is not None:
             whole_number("top_k", top_k)
         size, spec = self.loading_size, self.student_inputs.spec
-        dataset = make_dataset(train, what="train", spec=spec, size=size, train=True, seed=seed)
+        skip = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
+        dataset = make_dataset(train, what="train", spec=spec, size=size, train=True, seed=seed, skip_unreadable=skip)
         write_cache(
             self,
             as_single_images(dataset, "train", seed),
@@ -553,7 +556,9 @@ def _make_method(
 ) -> Method:
     if isinstance(method, (list, tuple)):
         if options:
-            raise TypeError(f"options {sorted(options)} belong in the method objects of the list: SFKD(...).")
+            raise TypeError(
+                f"options {sorted(options)} belong in the method objects of the list: method=[SFKD(ce_weight=0), ...]."
+            )
         method = Combined(method)
     made = make_method(method, options)  # type: ignore[arg-type]
     if teachers != 1:

@@ -23,6 +23,7 @@ def unknown_name(what: str, value: object, valid: Iterable[str]) -> ValueError:
     """
     names = sorted(valid)
     near = difflib.get_close_matches(str(value), names, n=4, cutoff=0.5)
+    near = near or [name for name in names if name.lower() == str(value).lower()]
     if near:
         hint = f"did you mean {_listed(near, 'or')}?"
     elif len(names) <= 40:

@@ -12,6 +12,7 @@ trained first (`train_teacher.py`). Stopped and started again, it goes on where 
 import argparse
 import hashlib
 import itertools
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def main(words: list[str] | None = None) -> None:
             console.print(f"{name}  {method:<12} seed {seed}  failed: {error}")
             continue
         write_rows(folder / "results.jsonl", rows)
+        write_table(rows, protocol, failures, folder / "table.md")
         console.print(f"{name}  {method:<12} seed {seed}  top-1 {rows[-1]['top1']:.2f} %")
     console.print("\n" + write_table(rows, protocol, failures, folder / "table.md"))
     draw_gains(rows, folder / "gains.png")
@@ -92,6 +94,7 @@ def protocol_of(arguments: argparse.Namespace, data: ImageData) -> dict[str, Any
     """Returns what all runs have in common."""
     return {
         "dataset": data.name,
+        "data": data.digest[:16],
         "train_images": len(data.train[0]),
         "test_images": len(data.test[0]),
         "student_pixels": arguments.pixels or 2 * data.pixels,
@@ -209,8 +212,10 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher-epochs", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), metavar="DIR")
     arguments = parser.parse_args(words)
-    if arguments.seeds < 1 or arguments.epochs < 1:
-        parser.error("--seeds and --epochs must be at least 1")
+    for name in ("seeds", "epochs", "images", "teacher_epochs"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for pair in arguments.pairs:
         if len(pair.split(":")) != 2 or not all(pair.split(":")):
             parser.error(f"--pairs {pair!r} is not TEACHER:STUDENT, such as vit:mobilenetv3_small_050")
@@ -226,4 +231,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        console.print("Stopped; the same command goes on.")
+        sys.exit(130)

@@ -9,6 +9,7 @@
 | `hf:NAME` | a Hugging Face dataset (`pip install datasets`), resized to `--pixels` |
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ class ImageData:
     def pixels(self) -> int:
         """The longer side of an image."""
         return max(self.train[0].shape[2:])
+
+    @property
+    def digest(self) -> str:
+        """A digest of the training images and labels."""
+        digest = hashlib.sha256()
+        for part in self.train:
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def to(self, device: torch.device) -> "ImageData":
         """Returns the same data on a device."""

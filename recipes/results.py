@@ -177,7 +177,12 @@ def draw_gains(rows: Sequence[Row], path: Path) -> None:
         print("No picture: gains need the method ce and another one.")
         return
     figure, panels = pyplot.subplots(
-        1, len(pairs), squeeze=False, sharey=True, figsize=(2.2 + 3.6 * len(pairs), 1.6 + 0.3 * len(methods))
+        1,
+        len(pairs),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        figsize=(2.2 + 3.6 * len(pairs), 1.6 + 0.3 * len(methods)),
     )
     for panel, (pair, of_pair) in zip(panels[0], of_pairs.items(), strict=True):
         panel.axvline(0, color=GRAY, linewidth=1)

@@ -5,7 +5,7 @@
     python recipes/train_teacher.py --dataset flowers/ --model convnext_tiny --pretrained --pixels 224 --epochs 10
 
 Stopped and started again, it goes on after its last whole epoch. The weights go to
-`OUTPUT/DATASET-IMAGES-PIXELS-MODEL.safetensors` in half precision, their accuracy on the test images beside them.
+`OUTPUT/DATASET-DIGEST-PIXELS-MODEL.safetensors` in half precision, their accuracy on the test images beside them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_images(arguments.dataset, arguments.pixels or 64).first(arguments.images).to(device)
-    path = teacher_path(arguments.output, data, arguments.model)
+    path = teacher_path(arguments.output, data, arguments.model, arguments.pixels)
     top1 = train_teacher(
         arguments.model,
         data,
@@ -42,10 +42,10 @@ def main() -> None:
     print(f"{path}: top-1 {top1:.2f} % on {len(data.test[0]):,} test images")
 
 
-def teacher_path(folder: Path, data: ImageData, model: str) -> Path:
-    """Returns where the weights of a teacher are."""
+def teacher_path(folder: Path, data: ImageData, model: str, pixels: int | None = None) -> Path:
+    """Returns where the weights of a teacher are, by its data (name and digest), input size and architecture."""
     name = data.name.replace("/", "_").replace(":", "_")
-    return folder / f"{name}-{len(data.train[0])}-{data.pixels}px-{model}.safetensors"
+    return folder / f"{name}-{data.digest[:8]}-{pixels or data.pixels}px-{model}.safetensors"
 
 
 def train_teacher(
@@ -116,8 +116,16 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     start.add_argument("--weights-from", type=Path, metavar="FILE", help="start from the weights in this file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/teachers"), metavar="DIR")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.weights_from is not None and not arguments.weights_from.is_file():
+        parser.error(f"--weights-from {str(arguments.weights_from)!r} is no file")
+    if arguments.images is not None and arguments.images < 1:
+        parser.error("--images must be at least 1")
+    return arguments
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"train_teacher.py: {error}") from error

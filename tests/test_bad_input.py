@@ -220,17 +220,20 @@ def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="read safely"):
         load_model("test_resnet", weights=tmp_path / "evil.pth")
     run = tmp_path / "run"
-    fit(output_dir=run)
+    torch.manual_seed(0)
+    data, teacher = batch(16), tiny_vit()
+    monkeypatch.setitem(globals(), "tiny_vit", lambda: teacher)
+    fit(data, output_dir=run)
     for checkpoint in (run / "checkpoints").iterdir():
         torch.save({"x": Evil()}, checkpoint / "state.safetensors")
     with pytest.warns(RuntimeWarning, match="another checksum"), pytest.raises(ValueError, match="are damaged"):
-        fit(output_dir=run, resume=True)
+        fit(data, output_dir=run, resume=True)
     for checkpoint in (run / "checkpoints").iterdir():  # with a checksum of its own it is no safetensors file still
         digest = hashlib.sha256((checkpoint / "state.safetensors").read_bytes()).hexdigest()
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "state.safetensors": digest}))
     with pytest.warns(RuntimeWarning, match="damaged"), pytest.raises(ValueError, match="are damaged"):
-        fit(output_dir=run, resume=True)
+        fit(data, output_dir=run, resume=True)
     assert not (tmp_path / "pwned").exists()
 
 

@@ -58,7 +58,7 @@ def test_tensors_and_few_logits(tmp_path):
     distiller = make("kd")
     distiller.cache_teacher((images, labels), tmp_path / "cache", top_k=3, progress=False)
     cache = TeacherCache(tmp_path / "cache")
-    record = {name: x.unsqueeze(0) for name, x in cache.record(0, 5).items()}
+    record = {name: x.unsqueeze(0) for name, x in cache.record(0, 5, images[5]).items()}
     expected = distiller.eval()(images[5:6]).teacher_logits.softmax(1)
     found = cache.targets(record)["logits"].softmax(1)
     top = expected.topk(3).indices
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused(tmp_path, folder):
         fit(other_teacher)
     with pytest.raises(ValueError, match="another method"):
         fit(make(keep=1))
-    with pytest.raises(ValueError, match="another stages"):
+    with pytest.raises(ValueError, match="another choice or size of stages"):
         fit(make(stages=[-1]))
     with pytest.raises(ValueError, match="another number of images"):
         fit(make(), (torch.rand(8, 3, 32, 32), torch.arange(8)))
@@ -127,8 +127,38 @@ def test_what_does_not_fit_is_refused(tmp_path, folder):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is missing or damaged"):
         fit(make())
+    distiller.cache_teacher(folder, path, progress=False)  # repairs it
+    fit(make())
+    with pytest.raises(ValueError, match="another choice or size of stages"):
+        Distiller(make().teacher, tiny_cnn(), "sfkd", input_size={"teacher": 32, "student": 64}).fit(
+            folder, epochs=1, batch_size=8, teacher_cache=path, **QUIET
+        )
+    shard.unlink()
+    with pytest.raises(ValueError, match="is missing or damaged"):
+        fit(make())
+    (path / "index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        fit(make())
+
+
+def test_a_single_other_image_is_noticed(tmp_path):
+    images, labels = torch.rand(40, 3, 32, 32), torch.arange(40) % 10
+    make("kd").cache_teacher((images, labels), tmp_path / "cache", progress=False)
+    other = images.clone()
+    other[3] = 0  # not one of those that the fingerprint looks at
+    with pytest.raises(ValueError, match="image 3 is not what the teacher saw"):
+        make("kd").fit((other, labels), epochs=1, batch_size=8, teacher_cache=tmp_path / "cache", **QUIET)
+
+
+def test_a_fitted_reduction_is_that_of_the_first_batch(tmp_path):
+    images, labels = torch.rand(40, 3, 32, 32), torch.arange(40) % 10
+    distiller = make("sfkd", reduction="pca", width=8)
+    live = make("sfkd", reduction="pca", width=8)
+    live.method.encode(live.taps["teacher"].run(images[:16]))
+    distiller.cache_teacher((images, labels), tmp_path / "cache", batch_size=16, progress=False)
+    torch.testing.assert_close(distiller.method.reduce[0].basis, live.method.reduce[0].basis)
 
 
 def test_resume_from_a_cache_is_exact(tmp_path, folder):

@@ -384,6 +384,22 @@ class TestExactResume:
         assert calls == (3 if error else 6)
         assert signal.getsignal(signal.SIGTERM) is before
 
+    def test_other_data_another_teacher_and_fewer_epochs_are_refused(self, tmp_path):
+        data, options = bright_or_dark(48), {**QUIET, "epochs": 2, "batch_size": 8, "output_dir": tmp_path}
+        self.make("kd").fit(data, **options)
+        with pytest.raises(ValueError, match="train_data was"):
+            self.make("kd").fit((1 - data[0], data[1]), **options, resume=True)
+        with pytest.raises(ValueError, match="train_images was 48 and is 40"):
+            self.make("kd").fit((data[0][:40], data[1][:40]), **options, resume=True)
+        other = self.make("kd")
+        torch.nn.init.ones_(other.teacher.head.bias)
+        with pytest.raises(ValueError, match="teachers was"):
+            other.fit(data, **options, resume=True)
+        with pytest.raises(ValueError, match="epochs=1, but the run has trained more"):
+            self.make("kd").fit(data, **{**options, "epochs": 1}, resume=True)
+        with pytest.raises(ValueError, match="returns=2 needs an output_dir"):
+            self.make("kd").fit(data, **QUIET, epochs=1, returns=2)
+
     def test_another_number_of_processes_is_said(self, tmp_path, capsys):
         data, options = bright_or_dark(48), {"cpu": True, "epochs": 2, "batch_size": 8, "checkpoint_steps": 2}
         stopped = self.make("kd")

@@ -247,6 +247,8 @@ def make_method(method: "str | Method", options: dict[str, Any]) -> Method:
         if options:
             raise TypeError(f"options {sorted(options)} belong in the method object: {type(method).__name__}(...).")
         return method
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method is the class {method.__name__}; give an object: {method.__name__}().")
     if not isinstance(method, str):
         raise TypeError(f"method must be a name (one of {list_methods()}) or a Method object, got {method!r}.")
     method_class = methods[method]
@@ -268,7 +270,7 @@ def check_option_names(what: str, options: Iterable[str], valid: Sequence[str]) 
 
 def not_negative(name: str, value: float) -> float:
     """Returns ``value``; raises ValueError if it is negative or not a number."""
-    if not value >= 0:
+    if not _number(name, value) >= 0:
         raise ValueError(f"{name}={value} must be 0 or positive.")
     return value
 
@@ -295,6 +297,12 @@ def one_positive(**values: float) -> None:
 
 def positive(name: str, value: float) -> float:
     """Returns ``value``; raises ValueError unless it is positive."""
-    if not value > 0:
+    if not _number(name, value) > 0:
         raise ValueError(f"{name}={value} must be positive.")
+    return value
+
+
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number.")
     return value

@@ -280,6 +280,8 @@ def _checked_weights(
         raise ValueError(f"there are no {of_what}.")
     if weights is None:
         return [default] * count
+    if isinstance(weights, dict) or not isinstance(weights, Sequence) or isinstance(weights, str):
+        raise TypeError(f"{argument}={weights!r} must be a list of {count} numbers.")
     if len(weights) != count:
         raise ValueError(f"{argument}={tuple(weights)} has {len(weights)} entries for {count} {of_what}.")
     return [positive(argument, float(weight)) for weight in weights]

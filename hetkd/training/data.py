@@ -34,6 +34,7 @@ class TensorImages(Dataset[Any]):
         if labels is not None and len(images) != len(labels):
             raise ValueError(f"{len(images)} images, but {len(labels)} labels.")
         self.images, self.labels = images, labels
+        self.epoch = 0  # nothing depends on it
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,9 +83,9 @@ class TransformedImages(Dataset[Any]):
                 return self._load(readable % len(self))
             except (OSError, SyntaxError) as error:  # which Pillow raises for damaged files
                 if not self.skip_unreadable:
+                    choice = "" if self.seed is None else ", or train with unreadable='skip'"
                     raise UnreadableImage(
-                        f"{self.name_of(readable)} cannot be read ({error}): repair or remove it, or train with "
-                        "unreadable='skip'."
+                        f"{self.name_of(readable)} cannot be read ({error}): repair or remove it{choice}."
                     ) from error
                 self.unreadable[readable % len(self)] = True
         raise UnreadableImage("no image of the data set can be read.")
@@ -216,9 +217,14 @@ def has_labels(loader: Iterable[Any]) -> bool | None:
         dataset = dataset.dataset
     if isinstance(dataset, TensorImages):
         return dataset.labels is not None
-    if isinstance(dataset, TransformedImages):
+    if not isinstance(dataset, TransformedImages):
+        return None
+    if hasattr(dataset.dataset, "samples"):  # a folder of class folders
+        return True
+    try:
         return _image_and_label(dataset.dataset[0])[1] is not None
-    return None
+    except (OSError, SyntaxError):  # which is said where it is loaded
+        return None
 
 
 def images_and_labels(batch: Any) -> tuple[Any, Any]:

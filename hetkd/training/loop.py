@@ -28,7 +28,7 @@ from hetkd.training.progress import TrainingProgress
 from hetkd.training.random_state import random_state, restore_random_state
 from hetkd.training.signals import Signals
 from hetkd.training.targets import TargetMaker
-from hetkd.training.teacher_cache import CachedImages, TeacherCache
+from hetkd.training.teacher_cache import CachedImages, TeacherCache, fingerprint_data, fingerprint_model
 from hetkd.training.terms import Terms, TrainingDiverged
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ def fit(
         raise ValueError("all parameters of the student are frozen: call student.requires_grad_(True).")
     if resume and output_dir is None:
         raise ValueError("resume=True needs the output_dir of the run to go on with.")
+    if output_dir is None:
+        for name in ("returns", "checkpoint_steps"):
+            if getattr(checked, name):
+                raise ValueError(f"{name}={getattr(checked, name)} needs an output_dir, where checkpoints go.")
     if checked.warmup_epochs > epochs:
         raise ValueError(f"warmup_epochs={checked.warmup_epochs} is more than epochs={epochs}.")
     folder = None if output_dir is None else RunFolder(output_dir, resume=resume, keep_last=checked.keep_last)
@@ -139,6 +143,7 @@ class _Run:
         self.updates = None if self.batches is None else math.ceil(self.batches / options.gradient_accumulation)
         self.scheduler = self._make_scheduler()
         self.ema = None if options.ema is None else ModelEmaV3(distiller.student, decay=options.ema, use_warmup=True)
+        self.fingerprints = {} if folder is None else self._fingerprints(train_loader)
         self.result = FitResult(output_dir=None if folder is None else folder.path)
         self.first_epoch = 0
         self.update = 0
@@ -161,6 +166,17 @@ class _Run:
             skip_unreadable=options.unreadable == "skip",
             wrap=None if self.cache is None else self._with_cache,
         )
+
+    def _fingerprints(self, loader: Iterable[Any]) -> dict[str, Any]:
+        """Returns what tells the training data and the teachers from others, for records of the run."""
+        dataset: Any = getattr(loader, "dataset", None)
+        dataset = dataset.dataset if isinstance(dataset, CachedImages) else dataset
+        own = isinstance(dataset, (TransformedImages, TensorImages))
+        return {
+            "train_images": len(dataset) if hasattr(dataset, "__len__") else None,
+            "train_data": fingerprint_data(dataset) if own else None,
+            "teachers": [fingerprint_model(teacher) for teacher in self.distiller.teachers],
+        }
 
     def _with_cache(self, dataset: TransformedImages) -> CachedImages:
         assert self.cache is not None
@@ -220,6 +236,8 @@ class _Run:
             if resume:
                 self._refuse_other_settings()
                 self._restore()
+            if self.first_epoch + (self.interrupted is not None) > self.epochs:
+                raise ValueError(f"epochs={self.epochs}, but the run has trained more than that already.")
             if self.folder is not None and self.accelerator.is_main_process:
                 self.folder.start(self._settings(), str(self.distiller.plan))
             self._start_trackers()
@@ -271,6 +289,8 @@ class _Run:
             for name, value in now.items()
             if name not in FREE_SETTINGS and before.get(name) != value
         }
+        if before.get("epochs") != now["epochs"]:
+            self.notes.append(f"epochs was {before.get('epochs')} and is {now['epochs']}: the schedule changes.")
         if before.get("processes") != now["processes"]:
             self.notes += [changed.pop(name) for name in OTHER_PROCESSES & set(changed)]
         differences = list(changed.values())
@@ -286,6 +306,7 @@ class _Run:
             * self.options.gradient_accumulation
             * self.accelerator.num_processes,
             "processes": self.accelerator.num_processes,
+            **self.fingerprints,
             "versions": {name: version(name) for name in ("hetkd", "torch", "timm", "accelerate")},
             **self.options.settings(),
         }

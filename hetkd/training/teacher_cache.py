@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from hetkd.files import write_atomically, write_json
 from hetkd.methods import Method
-from hetkd.training.data import TransformedImages
+from hetkd.training.data import TensorImages, TransformedImages
 from hetkd.training.random_state import sample_seed
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ _CHECKED_SAMPLES = 16
 class TeacherCache:
     """A folder of cached targets: fixed-size records in memory-mapped shards, and an index that describes them.
 
-    A record holds the seed of the image's augmentation, the ``top_k`` largest logits in half precision (the others
-    share what is left of the probability), and each further target of `hetkd.Method.encode` in half precision
-    with a scale.
+    A record holds the seed of the image's augmentation, a checksum of the image as it was loaded, the ``top_k``
+    largest logits in half precision (the others share what is left of the probability), and each further target of
+    `hetkd.Method.encode` in half precision with a scale.
 
     Args:
         path: The folder.
@@ -46,7 +47,7 @@ class TeacherCache:
         index = self.path / INDEX
         if not index.exists():
             raise ValueError(f"teacher_cache={str(path)!r} holds no cache: make one by distiller.cache_teacher(...).")
-        self.about: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        self.about = _read_index(index)
         missing = self._expected_shards() - set(self.about["shards"])
         if missing:
             raise ValueError(
@@ -66,9 +67,10 @@ class TeacherCache:
             ValueError: If a shard is damaged.
         """
         for name, checksum in self.about["shards"].items():
-            with (self.path / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
-                    raise ValueError(f"{self.path / name} is damaged: remove it, and call cache_teacher again.")
+            if _checksum(self.path / name) != checksum:
+                raise ValueError(
+                    f"{self.path / name} is missing or damaged: the same call of cache_teacher repairs it."
+                )
 
     def check(self, distiller: Distiller, dataset: TransformedImages) -> None:
         """Refuses a cache that was made of other data, another transform, teacher or method.
@@ -86,15 +88,15 @@ class TeacherCache:
         for name, value in expected.items():
             if self.about[name] != value:
                 raise ValueError(
-                    f"teacher_cache={str(self.path)!r} was made with another {_WHAT.get(name, name)} "
-                    f"({self.about[name]!r}, now {value!r})."
+                    f"teacher_cache={str(self.path)!r} was made with another {_WHAT.get(name, name)}"
+                    f"{_difference(self.about[name], value)}."
                 )
 
-    def record(self, view: int, index: int) -> dict[str, Tensor]:
+    def record(self, view: int, index: int, image: Tensor) -> dict[str, Tensor]:
         """Returns the record of image ``index`` in ``view``, as tensors.
 
         Raises:
-            ValueError: If it is the record of something else.
+            ValueError: If it is the record of another image.
         """
         name = shard_name(view, index // SHARD_RECORDS)
         if name not in self._shards:
@@ -102,7 +104,11 @@ class TeacherCache:
         record = self._shards[name][index % SHARD_RECORDS]
         if int(record["seed"]) != sample_seed(self.about["seed"], view, index):
             raise ValueError(f"{self.path / name} is damaged: image {index} has the record of another one.")
-        fields = {field: np.array(record[field]) for field in self.dtype.names or () if field != "seed"}
+        if int(record["image"]) != image_checksum(image):
+            raise ValueError(
+                f"teacher_cache={str(self.path)!r} was made of other data: image {index} is not what the teacher saw."
+            )
+        fields = {field: np.array(record[field]) for field in self.dtype.names or () if field not in ("seed", "image")}
         return {
             field: torch.from_numpy(x.astype(np.int32) if x.dtype == np.uint16 else x) for field, x in fields.items()
         }
@@ -124,7 +130,26 @@ class TeacherCache:
         return logits.scatter(1, ids.long(), top.float())
 
 
-_WHAT = {"data": "data set or input transform", "teacher": "teacher", "samples": "number of images"}
+_WHAT = {
+    "stages": "choice or size of stages",
+    "data": "data set or input transform",
+    "teacher": "teacher",
+    "samples": "number of images",
+}
+
+
+def _difference(before: Any, now: Any) -> str:
+    """Returns what differs, where a person can make something of it."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        changed = [
+            f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]
+        ]
+        return f" ({', '.join(changed)})"
+    return f" ({before}, now {now})" if isinstance(now, int) or _has_names(now) else ""
+
+
+def _has_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
 class CachedImages(Dataset[Any]):
@@ -154,7 +179,7 @@ class CachedImages(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         sample = self.dataset[index]
         image, label = sample if isinstance(sample, tuple) else (sample, -1)
-        return image, label, self.cache.record(self.dataset.epoch, index)
+        return image, label, self.cache.record(self.dataset.epoch, index, image)
 
 
 def write_cache(
@@ -169,7 +194,7 @@ def write_cache(
     report: Callable[[str], None],
 ) -> None:
     """Runs the teacher over all views of all images; see `hetkd.Distiller.cache_teacher`."""
-    shapes = _target_shapes(distiller, dataset)
+    shapes = _target_shapes(distiller, dataset, batch_size)
     dtype = record_dtype(shapes, top_k)
     about: dict[str, Any] = {
         "views": views,
@@ -189,13 +214,13 @@ def write_cache(
     )
     path.mkdir(parents=True, exist_ok=True)
     if (path / INDEX).exists():
-        before = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        before = _read_index(path / INDEX)
         different = [name for name, value in about.items() if name != "shards" and before.get(name) != value]
         if different:
             raise ValueError(f"{path} holds another cache (other {', '.join(different)}): choose another path.")
         about["shards"] = before["shards"]
     for name, view, indices in shards(len(dataset), views):
-        if name in about["shards"] and (path / name).exists():
+        if name in about["shards"] and _checksum(path / name) == about["shards"][name]:
             continue
         dataset.epoch = view
         loader = DataLoader(Subset(dataset, list(indices)), batch_size=batch_size, num_workers=num_workers)
@@ -207,6 +232,11 @@ def write_cache(
         write_json(path / INDEX, about)
         report(f"view {view + 1}/{views}: {indices.stop:,}/{len(dataset):,} images")
     dataset.epoch = 0
+
+
+def image_checksum(image: Tensor) -> int:
+    """Returns a checksum of an image as it was loaded."""
+    return zlib.crc32(image.contiguous().numpy().tobytes())
 
 
 def shards(samples: int, views: int) -> Iterator[tuple[str, int, range]]:
@@ -221,9 +251,24 @@ def shard_name(view: int, number: int) -> str:
     return f"view{view:03d}-{number:05d}.bin"
 
 
+def _checksum(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and call cache_teacher again.") from error
+    return index
+
+
 def record_dtype(shapes: Mapping[str, list[int]], top_k: int | None) -> np.dtype[Any]:
     """Returns the layout of a record for targets of these shapes (without the batch)."""
-    fields: list[tuple[Any, ...]] = [("seed", "<u8")]
+    fields: list[tuple[Any, ...]] = [("seed", "<u8"), ("image", "<u4")]
     for name, shape in shapes.items():
         if _is_logits(name):
             count = _kept(shape[0], top_k)
@@ -242,15 +287,16 @@ def fingerprint_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_data(dataset: TransformedImages) -> str:
+def fingerprint_data(dataset: TransformedImages | TensorImages) -> str:
     """Returns a digest of some images, evenly spread, as they come out of the transform in the first view."""
     digest = hashlib.sha256()
-    before, dataset.epoch = dataset.epoch, 0
+    before = getattr(dataset, "epoch", 0)
+    dataset.epoch = 0
     step = max(1, len(dataset) // _CHECKED_SAMPLES)
     for index in range(0, len(dataset), step):
         sample = dataset[index]
         image = sample[0] if isinstance(sample, tuple) else sample
-        digest.update(image.contiguous().numpy().tobytes())
+        digest.update(image.cpu().contiguous().numpy().tobytes())
     dataset.epoch = before
     return digest.hexdigest()
 
@@ -264,7 +310,7 @@ def _kept(classes: int, top_k: int | None) -> int:
 
 
 def _stages(distiller: Distiller) -> list[list[str]]:
-    return [[pair.teacher.name, pair.student.name] for pair in distiller.method.pairs or ()]
+    return [[str(pair.teacher), str(pair.student)] for pair in distiller.method.pairs or ()]
 
 
 def _encoding(method: Method) -> dict[str, Any]:
@@ -285,10 +331,12 @@ def _encoded(distiller: Distiller, images: Tensor) -> dict[str, Tensor]:
     return distiller.method.encode(*(tap.run(images) for tap in teachers))
 
 
-def _target_shapes(distiller: Distiller, dataset: TransformedImages) -> dict[str, list[int]]:
-    sample = dataset[0]
-    image = sample[0] if isinstance(sample, tuple) else sample
-    encoded = _encoded(distiller, image.unsqueeze(0).to(_device(distiller)))
+def _target_shapes(distiller: Distiller, dataset: TransformedImages, batch_size: int) -> dict[str, list[int]]:
+    """Encodes the first batch, to which what `Method.encode` fits (a PCA) is fitted too, whenever caching starts."""
+    dataset.epoch = 0
+    samples = [dataset[index] for index in range(min(batch_size, len(dataset)))]
+    images = torch.stack([sample[0] if isinstance(sample, tuple) else sample for sample in samples])
+    encoded = _encoded(distiller, images.to(_device(distiller)))
     return {name: list(x.shape[1:]) for name, x in encoded.items()}
 
 
@@ -306,7 +354,7 @@ def _records(
     for batch in loader:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         encoded = _encoded(distiller, images.to(_device(distiller), non_blocking=True))
-        fields: dict[str, Tensor] = {}
+        fields: dict[str, Tensor] = {"image": torch.tensor([image_checksum(image) for image in images])}
         for name in shapes:
             x = encoded[name].float()
             if _is_logits(name):
