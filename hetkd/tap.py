@@ -1,0 +1,144 @@
+"""One side of a distillation: a model with its input transform, its adapter and the stages that are tapped."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hetkd.adapter import Adapter, Features, HookAdapter, NoSpatialFeatures, Probe, Stage, find_adapter, probe
+from hetkd.inputs import InputSpec, InputTransform, Normalization, input_spec
+from hetkd.models import architecture_name, tapped_module
+from hetkd.names import unknown_name
+from hetkd.plan import POOLED
+
+Size = int | tuple[int, int]
+
+
+class Tap:
+    """One side of a distillation: a model, its input transform, its adapter and its tapped stages."""
+
+    def __init__(self, role: str, model: nn.Module, size: Size | None, normalized: Normalization | None) -> None:
+        self.role, self.model = role, tapped_module(model)
+        self.adapter: Adapter = find_adapter(self.model)
+        self.spec: InputSpec = input_spec(self.model)
+        self.size = _as_size(size) if size is not None else self.spec.size
+        self.why_no_stages = ""
+        self.stages, self.classes, self.pooled = self._dry_run()
+        self.listed = self.stages  # of the adapter, without those that the user adds
+        self.inputs = InputTransform(self.spec, self.size, normalized)
+        self.names: list[str] = []
+
+    def _dry_run(self) -> Probe:
+        """Finds the stages, and the channels of the images where the model's first layer does not tell."""
+        refusals: list[Exception] = []
+        for channels in dict.fromkeys((self.spec.channels, 3, 1)):
+            try:
+                found = self._probe(self._sample(channels))
+            except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                refusals.append(error)
+            else:
+                self.spec = input_spec(self.model, channels)
+                return found
+        height, width = self.size
+        raise ValueError(
+            f"the {self.role} {architecture_name(self.model)} refuses images of {height} x {width} pixels: "
+            f"{refusals[0]}. If it is the size: its own is {self.spec.size[0]} x {self.spec.size[1]}; "
+            f"set input_size={{'{self.role}': ...}}."
+        ) from refusals[0]
+
+    def _probe(self, sample: Tensor) -> Probe:
+        try:
+            return probe(self.adapter, self.model, sample)
+        except NoSpatialFeatures as error:  # which a method on logits does not need
+            self.why_no_stages = str(error)
+            return probe(self.adapter, self.model, sample, stages=False)
+
+    def add_stages(self, names: Sequence[str]) -> None:
+        """Makes modules of these paths stages too.
+
+        Raises:
+            ValueError: If a name is no path of a module, or no feature map comes out there.
+        """
+        listed = [stage.name for stage in self.stages]
+        paths = (
+            [path for path, _ in self.model.named_modules() if path] if isinstance(self.adapter, HookAdapter) else []
+        )
+        added = [name for name in names if name not in (*listed, POOLED)]
+        for name in added:
+            if name not in paths:
+                raise unknown_name(f"{self.role} stage", name, {*listed, *paths, POOLED})
+        if not added:
+            return
+        try:
+            self.stages, _, _ = probe(self.adapter, self.model, self._sample(self.spec.channels), added)
+            self.listed = [stage for stage in self.stages if stage.name in listed]
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"stages has {added} of the {self.role}, where no feature map comes out: {error}"
+            ) from error
+
+    @property
+    def vector(self) -> Stage | None:
+        """The vector before the classifier, as a stage of one pixel; ``None`` if there is none."""
+        return None if self.pooled is None else Stage(POOLED, self.pooled, 1, 1)
+
+    @property
+    def all_stages(self) -> list[Stage]:
+        """Every stage that can be chosen by name."""
+        return [*self.stages, *([] if self.vector is None else [self.vector])]
+
+    def _sample(self, channels: int) -> Tensor:
+        # Three different images, so that a batch axis cannot be taken for anything else.
+        images = torch.rand(3, channels, *self.size, generator=torch.Generator().manual_seed(0))
+        return images.to(self._like())
+
+    @property
+    def title(self) -> str:
+        """Name, family and input size, for the plan."""
+        return f"{architecture_name(self.model)} ({self.adapter.family}, {self.size[0]} x {self.size[1]})"
+
+    def select(self, names: list[str]) -> None:
+        """Sets the stages to tap; a stage may occur twice."""
+        self.names = names
+        self._distinct = [name for name in dict.fromkeys(names) if name != POOLED]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._like().device
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Resizes and normalises raw images ``[B, C, H, W]``, in the dtype of the model."""
+        return self.inputs(images).to(self._like().dtype)
+
+    def _like(self) -> Tensor:
+        return next(self.model.parameters(), torch.zeros(()))
+
+    def run(self, images: Tensor) -> Features:
+        """Runs the model once on raw images ``[B, C, H, W]``; maps come in the order of `select`."""
+        features = self.adapter.run(self.model, self.prepare(images), self._distinct)
+        if len(features.maps) != len(self._distinct):
+            raise RuntimeError(
+                f"adapter {type(self.adapter).__name__} returned {len(features.maps)} feature maps for the stages "
+                f"{self._distinct} of the {self.role}."
+            )
+        maps = dict(zip(self._distinct, features.maps, strict=True))
+        if POOLED in self.names:
+            if features.pooled is None:
+                raise RuntimeError(f"the {self.role} {type(self.model).__name__} did not yield its pooled vector.")
+            maps[POOLED] = features.pooled[:, :, None, None]
+        return replace(features, maps=tuple(maps[name] for name in self.names))
+
+    def to(self, device: torch.device) -> None:
+        """Moves model and input transform; the dtype stays."""
+        self.model.to(device)
+        self.inputs.to(device)
+
+
+def _as_size(size: Any) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(v) is int and v > 0 for v in pair)):
+        raise ValueError(f"input_size has {size!r}: give positive pixels, a number or (height, width).")
+    return pair[0], pair[1]
