@@ -230,7 +230,7 @@ def teacher_weights(arguments: argparse.Namespace, name: str) -> Path:
 def small_words(arguments: argparse.Namespace) -> list[str]:
     """Returns the arguments of `compare.py` for the small protocol."""
     pair = ":".join(SMALL[name] for name in arguments.pair.split(":"))
-    epochs, teacher_epochs = (str(arguments.epochs or default) for default in (8, 12))
+    epochs, teacher_epochs = (str(arguments.epochs or default) for default in (6, 8))
     return [
         *("--dataset", "cifar100", "--images", str(arguments.images or 10_000), "--pairs", pair),
         *("--methods", *(arguments.methods or ["ce", "kd", arguments.method])),
