@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -31,6 +32,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def _dump(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def checksum(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(path: Path) -> None:

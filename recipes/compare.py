@@ -10,7 +10,6 @@ trained first (`train_teacher.py`). Stopped and started again, it goes on where 
 """
 
 import argparse
-import hashlib
 import itertools
 import sys
 import time
@@ -29,6 +28,7 @@ from train_teacher import teacher_path, train_teacher
 from zoo import build
 
 from hetkd import Combined, Distiller, list_methods
+from hetkd.files import checksum
 from hetkd.models import load_weights
 from hetkd.training import TrainingDiverged, TrainingOptions
 
@@ -151,7 +151,7 @@ def make_teacher(name: str, data: ImageData, arguments: argparse.Namespace) -> T
     model = model.eval().to(data.train[0].device)
     top1 = Distiller(None, model, "ce", input_size=size).evaluate(data.test)["top1"]
     console.print(f"teacher {name}: top-1 {top1:.2f} % ({path})")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = checksum(path)
     return Teacher(model, size, {"name": name, "top1": top1, "sha256": digest})
 
 

@@ -143,6 +143,14 @@ def test_what_does_not_fit_is_refused(tmp_path, folder):
         fit(make())
 
 
+def test_images_that_cannot_be_read_are_counted_from_the_cache_too(tmp_path, folder):
+    (tmp_path / "images" / "class3" / "03.png").write_bytes(b"no picture")
+    make().cache_teacher(folder, tmp_path / "cache", unreadable="skip", progress=False)
+    options = {"batch_size": 8, "teacher_cache": tmp_path / "cache", "unreadable": "skip"}
+    result = make().fit(folder, epochs=1, **options, **QUIET)
+    assert result.history[0]["unreadable_images"] == 1
+
+
 def test_a_single_other_image_is_noticed(tmp_path):
     images, labels = torch.rand(40, 3, 32, 32), torch.arange(40) % 10
     make("kd").cache_teacher((images, labels), tmp_path / "cache", progress=False)

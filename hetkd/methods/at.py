@@ -37,6 +37,7 @@ class AT(FeatureMethod):
 
     term = "at"
     automatic_stages = 4
+    stage_ratio = None
 
     def __init__(
         self,
@@ -54,10 +55,6 @@ class AT(FeatureMethod):
             kd_weight=kd_weight,
             temperature=temperature,
         )
-
-    def default_stage_weights(self, count: int) -> list[float]:
-        """Returns 1 for each stage pair."""
-        return [1.0] * count
 
     def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
         """Returns the pairs that meet on more than one pixel; see `Method.automatic_pairs`."""

@@ -65,11 +65,6 @@ class CC(PooledMethod):
         self.gamma = positive("gamma", gamma)
         self.order = whole_number("order", order)
 
-    @property
-    def needs_batch(self) -> bool:
-        """True: images are compared with one another."""
-        return True
-
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the linear maps for these stage pairs; see `Method.bind`."""
         super().bind(pairs)

@@ -61,11 +61,6 @@ class CRD(PooledMethod):
         self.width = whole_number("width", width)
         self.contrast_temperature = positive("contrast_temperature", contrast_temperature)
 
-    @property
-    def needs_batch(self) -> bool:
-        """True: the first batch has no other negatives than itself."""
-        return True
-
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes linear maps and memories for these stage pairs; see `Method.bind`."""
         super().bind(pairs)

@@ -12,24 +12,26 @@ from hetkd.methods.base import Method, Targets, positive
 from hetkd.names import unknown_name
 from hetkd.spectral.precision import at_least_float32
 
-STAGE_RATIO = 3.0
-"""Automatic stage weights grow by this factor from one stage to the next: late stages count most."""
-
 
 class FeatureMethod(Method):
     """Base of methods with one loss a stage pair, beside cross-entropy and KL divergence.
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages by ``stage_weights``.
-        stage_weights: ``None``: `default_stage_weights`; here each stage weighs three times the one
-            before it, in all 1. A sequence: the weights as given, one a stage pair, in all as given.
+        stage_weights: ``None``: each stage weighs ``stage_ratio`` times the one before it, in all 1.
+            A sequence: the weights as given, one a stage pair, in all as given.
             ``"learnt"``: starting alike and learnt by uncertainty (Kendall et al., arXiv 1705.07115).
         ce_weight: See `Method`.
         kd_weight: See `Method`.
         temperature: See `Method`.
+
+    Attributes:
+        stage_ratio: Late stages count most, by this factor from one to the next; ``None``: each weighs 1.
+        term: The name of the method's terms.
     """
 
     automatic_stages: ClassVar[int] = 2
+    stage_ratio: ClassVar[float | None] = 3.0
     term: ClassVar[str]
 
     def __init__(
@@ -66,15 +68,16 @@ class FeatureMethod(Method):
         if self.stage_weights == "learnt":
             return [1 / count] * count
         if self.stage_weights is None:
-            return self.default_stage_weights(count)
+            return self._default_weights(count)
         weights = [positive("stage_weights", float(weight)) for weight in self.stage_weights]
         if len(weights) != count:
             raise ValueError(f"stage_weights={tuple(weights)} has {len(weights)} entries for {count} stage pairs.")
         return weights
 
-    def default_stage_weights(self, count: int) -> list[float]:
-        """Returns the weights of ``count`` stage pairs where the user gives none."""
-        growing = [STAGE_RATIO**index for index in range(count)]
+    def _default_weights(self, count: int) -> list[float]:
+        if self.stage_ratio is None:
+            return [1.0] * count
+        growing = [self.stage_ratio**index for index in range(count)]
         return [weight / sum(growing) for weight in growing]
 
     def _term_name(self, pair: StagePair) -> str:
@@ -124,10 +127,12 @@ class PooledMethod(FeatureMethod):
     """Base of methods that compare one vector an image: what stands before the classifiers, or stages averaged."""
 
     automatic_stages: ClassVar[int] = 1
+    stage_ratio: ClassVar[float | None] = None
 
-    def default_stage_weights(self, count: int) -> list[float]:
-        """Returns 1 for each stage pair."""
-        return [1.0] * count
+    @property
+    def needs_batch(self) -> bool:
+        """True: images are compared with one another."""
+        return True
 
     def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
         """Returns the pair of vectors before both classifiers; see `Method.automatic_pairs`."""

@@ -33,10 +33,7 @@ class FitNet(FeatureMethod):
 
     term = "fitnet"
     automatic_stages = 4
-
-    def default_stage_weights(self, count: int) -> list[float]:
-        """Returns 1 for each stage pair."""
-        return [1.0] * count
+    stage_ratio = None
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the convolutions for these stage pairs; see `Method.bind`."""

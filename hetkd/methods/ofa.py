@@ -40,6 +40,7 @@ class OFA(FeatureMethod):
     term = "ofa"
     logit_term = "ofa"
     automatic_stages = 4
+    stage_ratio = None
     uses_teacher_maps = False
 
     def __init__(
@@ -67,18 +68,9 @@ class OFA(FeatureMethod):
         return True
 
     @property
-    def uses_student_logits(self) -> bool:
-        """Whether the final logits learn, beside the exits."""
-        return self.ce_weight > 0 or self.kd_weight > 0
-
-    @property
     def needs_batch(self) -> bool:
         """True: the exits have batch norms, and may end on one pixel."""
         return True
-
-    def default_stage_weights(self, count: int) -> list[float]:
-        """Returns 1 for each stage."""
-        return [1.0] * count
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the exits for these student stages; see `Method.bind`.

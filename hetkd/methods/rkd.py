@@ -49,11 +49,6 @@ class RKD(PooledMethod):
         self.distance_weight = not_negative("distance_weight", distance_weight)
         self.angle_weight = not_negative("angle_weight", angle_weight)
 
-    @property
-    def needs_batch(self) -> bool:
-        """True: images are compared with one another."""
-        return True
-
     def describe(self, index: int) -> str:
         """Returns what is compared."""
         return "distances and angles"

@@ -50,11 +50,6 @@ class RSD(PooledMethod):
         self.decorrelation = not_negative("decorrelation", decorrelation)
         self.expansion = whole_number("expansion", expansion)
 
-    @property
-    def needs_batch(self) -> bool:
-        """True: correlations are taken over the batch."""
-        return True
-
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the projectors for these stage pairs; see `Method.bind`."""
         super().bind(pairs)

@@ -1,6 +1,5 @@
 """The output folder of a run: students, history, and checkpoints that are whole or not there."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hetkd.files import sync_folder, write_atomically, write_json
+from hetkd.files import checksum, sync_folder, write_atomically, write_json
 from hetkd.models import save_model
 
 BEST = "best.safetensors"
@@ -152,8 +151,8 @@ def _random_name(rank: int) -> str:
 
 def _read(folder: Path) -> Checkpoint:
     manifest: dict[str, str] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    for name, checksum in manifest.items():
-        if _checksum(folder / name) != checksum:
+    for name, expected in manifest.items():
+        if checksum(folder / name) != expected:
             raise ValueError(f"{name} has another checksum than when it was written")
     ranks = [int(name.split("-")[1].split(".")[0]) for name in manifest if name.startswith("random-")]
     return Checkpoint(
@@ -163,15 +162,10 @@ def _read(folder: Path) -> Checkpoint:
     )
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _flushed_checksum(path: Path) -> str:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-    return _checksum(path)
+    return checksum(path)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -34,7 +34,6 @@ class TensorImages(Dataset[Any]):
         if labels is not None and len(images) != len(labels):
             raise ValueError(f"{len(images)} images, but {len(labels)} labels.")
         self.images, self.labels = images, labels
-        self.epoch = 0  # nothing depends on it
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,7 +57,6 @@ class TransformedImages(Dataset[Any]):
         skip_unreadable: Take the next readable image in the place of one that cannot be read.
 
     Attributes:
-        epoch: Set it before each epoch.
         unreadable: Which images could not be read so far; loading processes write it too.
     """
 
@@ -95,6 +93,10 @@ class TransformedImages(Dataset[Any]):
             image, label = _image_and_label(self.dataset[index])
             image = image if isinstance(image, Tensor) else self.transform(image)
         return image if label is None else (image, label)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Sets the epoch that randomness depends on, before a loader is iterated."""
+        self.epoch = epoch
 
     def name_of(self, index: int) -> str:
         """Returns the path of an image where the dataset knows it, else its index."""
@@ -212,9 +214,7 @@ def as_single_images(dataset: Any, what: str, seed: int) -> TransformedImages:
 
 def has_labels(loader: Iterable[Any]) -> bool | None:
     """Says whether the samples of a loader have labels; ``None`` if it is not one of `make_loader`'s own."""
-    dataset: Any = getattr(loader, "dataset", None)
-    if hasattr(dataset, "cache"):  # a CachedImages
-        dataset = dataset.dataset
+    dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, TensorImages):
         return dataset.labels is not None
     if not isinstance(dataset, TransformedImages):

@@ -170,7 +170,6 @@ class _Run:
     def _fingerprints(self, loader: Iterable[Any]) -> dict[str, Any]:
         """Returns what tells the training data and the teachers from others, for records of the run."""
         dataset: Any = getattr(loader, "dataset", None)
-        dataset = dataset.dataset if isinstance(dataset, CachedImages) else dataset
         own = isinstance(dataset, (TransformedImages, TensorImages))
         return {
             "train_images": len(dataset) if hasattr(dataset, "__len__") else None,
@@ -433,14 +432,14 @@ class _Run:
 
         dataset = getattr(self.train, "dataset", None)
         order = epoch + self.returned * 1_000_003  # another one after each return
-        if isinstance(dataset, (TransformedImages, CachedImages)):
-            dataset.epoch = order
+        if isinstance(dataset, TransformedImages):
+            dataset.start_epoch(order)
         if hasattr(self.train, "set_epoch"):
             self.train.set_epoch(order)
         if not skip:
             return self.train
         # Of these, what a batch holds depends on nothing before it.
-        if isinstance(dataset, (TransformedImages, TensorImages, CachedImages)):
+        if isinstance(dataset, (TransformedImages, TensorImages)):
             rest = skip_first_batches(self.train, skip)
             rest.set_epoch(order)
             return rest

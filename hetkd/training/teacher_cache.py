@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
-from hetkd.files import write_atomically, write_json
+from hetkd.files import checksum, write_atomically, write_json
 from hetkd.methods import Method
 from hetkd.training.data import TensorImages, TransformedImages
 from hetkd.training.random_state import sample_seed
@@ -66,8 +66,8 @@ class TeacherCache:
         Raises:
             ValueError: If a shard is damaged.
         """
-        for name, checksum in self.about["shards"].items():
-            if _checksum(self.path / name) != checksum:
+        for name, expected in self.about["shards"].items():
+            if not _is_whole(self.path / name, expected):
                 raise ValueError(
                     f"{self.path / name} is missing or damaged: the same call of cache_teacher repairs it."
                 )
@@ -152,34 +152,26 @@ def _has_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
-class CachedImages(Dataset[Any]):
-    """A training set whose samples come with the teacher's records: (image, label, record).
+class CachedImages(TransformedImages):
+    """A training set whose samples come with the teacher's records: (image, label, record); -1 stands for no label.
 
-    Attributes:
-        unreadable: See `TransformedImages`.
+    Args:
+        images: The training set; its epochs take the cached views in a circle.
+        cache: Made of these images.
     """
 
-    def __init__(self, dataset: TransformedImages, cache: TeacherCache) -> None:
-        self.dataset, self.cache = dataset, cache
-        self._epoch = 0
-
-    @property
-    def epoch(self) -> int:
-        """The epoch; its views follow one another in a circle."""
-        return self._epoch
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self.dataset.epoch = epoch % self.cache.about["views"]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __init__(self, images: TransformedImages, cache: TeacherCache) -> None:
+        super().__init__(images.dataset, images.transform, images.seed, skip_unreadable=images.skip_unreadable)
+        self.cache = cache
 
     def __getitem__(self, index: int) -> Any:
-        sample = self.dataset[index]
+        sample = super().__getitem__(index)
         image, label = sample if isinstance(sample, tuple) else (sample, -1)
-        return image, label, self.cache.record(self.dataset.epoch, index, image)
+        return image, label, self.cache.record(self.epoch, index, image)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Takes the view of this epoch; see `TransformedImages.start_epoch`."""
+        super().start_epoch(epoch % self.cache.about["views"])
 
 
 def write_cache(
@@ -220,9 +212,9 @@ def write_cache(
             raise ValueError(f"{path} holds another cache (other {', '.join(different)}): choose another path.")
         about["shards"] = before["shards"]
     for name, view, indices in shards(len(dataset), views):
-        if name in about["shards"] and _checksum(path / name) == about["shards"][name]:
+        if _is_whole(path / name, about["shards"].get(name)):
             continue
-        dataset.epoch = view
+        dataset.start_epoch(view)
         loader = DataLoader(Subset(dataset, list(indices)), batch_size=batch_size, num_workers=num_workers)
         records = _records(distiller, loader, dtype, shapes, top_k)
         seeds = [sample_seed(dataset.seed or 0, view, index) for index in indices]
@@ -231,7 +223,6 @@ def write_cache(
         about["shards"][name] = hashlib.sha256(content).hexdigest()
         write_json(path / INDEX, about)
         report(f"view {view + 1}/{views}: {indices.stop:,}/{len(dataset):,} images")
-    dataset.epoch = 0
 
 
 def image_checksum(image: Tensor) -> int:
@@ -251,11 +242,8 @@ def shard_name(view: int, number: int) -> str:
     return f"view{view:03d}-{number:05d}.bin"
 
 
-def _checksum(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_whole(path: Path, expected: str | None) -> bool:
+    return path.exists() and checksum(path) == expected
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -288,17 +276,18 @@ def fingerprint_model(model: nn.Module) -> str:
 
 
 def fingerprint_data(dataset: TransformedImages | TensorImages) -> str:
-    """Returns a digest of some images, evenly spread, as they come out of the transform in the first view."""
+    """Returns a digest of some images, evenly spread, as they come out of the transform in the first epoch."""
+    if isinstance(dataset, TransformedImages):
+        dataset.start_epoch(0)
     digest = hashlib.sha256()
-    before = getattr(dataset, "epoch", 0)
-    dataset.epoch = 0
-    step = max(1, len(dataset) // _CHECKED_SAMPLES)
-    for index in range(0, len(dataset), step):
-        sample = dataset[index]
-        image = sample[0] if isinstance(sample, tuple) else sample
-        digest.update(image.cpu().contiguous().numpy().tobytes())
-    dataset.epoch = before
+    for index in range(0, len(dataset), max(1, len(dataset) // _CHECKED_SAMPLES)):
+        digest.update(_image(dataset[index]).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _image(sample: Any) -> Tensor:
+    image: Tensor = sample[0] if isinstance(sample, tuple) else sample
+    return image
 
 
 def _is_logits(name: str) -> bool:
@@ -333,9 +322,8 @@ def _encoded(distiller: Distiller, images: Tensor) -> dict[str, Tensor]:
 
 def _target_shapes(distiller: Distiller, dataset: TransformedImages, batch_size: int) -> dict[str, list[int]]:
     """Encodes the first batch, to which what `Method.encode` fits (a PCA) is fitted too, whenever caching starts."""
-    dataset.epoch = 0
-    samples = [dataset[index] for index in range(min(batch_size, len(dataset)))]
-    images = torch.stack([sample[0] if isinstance(sample, tuple) else sample for sample in samples])
+    dataset.start_epoch(0)
+    images = torch.stack([_image(dataset[index]) for index in range(min(batch_size, len(dataset)))])
     encoded = _encoded(distiller, images.to(_device(distiller)))
     return {name: list(x.shape[1:]) for name, x in encoded.items()}
 
