@@ -20,10 +20,13 @@ from hetkd.methods.feature import count_parameters
 from hetkd.models import copy_label_names, load_model, save_model, tapped_module, unwrap
 from hetkd.names import choice, unknown_name
 from hetkd.plan import POOLED, Plan, PlanRow, StageChoice, chosen_names, chosen_pairs, pair_stages
-from hetkd.tap import Size, Tap
+from hetkd.tap import RecordedTap, RecordedTeacher, Size, Tap
 
 if TYPE_CHECKING:
     from hetkd.training.loop import FitResult
+
+
+_CACHE = "cache:"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Distiller(nn.Module):
         teacher: ``"timm:NAME"`` (or a bare timm name), ``"hf:ORG/NAME"``, ``"torchvision:NAME"``,
             each with pretrained weights, or any ``nn.Module``. ``None`` for ``method="ce"`` only. A list
             of them: several teachers, each with its own input transform and a copy of the method.
+            ``"cache:FOLDER"``: what `cache_teacher` wrote there, in the place of the teachers themselves.
         student: The same, but strings build it without pretrained weights (`hetkd.load_model` for
             anything else), with as many classes as ``num_classes`` or else the teacher.
         method: A name of `hetkd.list_methods`, a `hetkd.Method` object, or a list of both, which
@@ -96,7 +100,7 @@ class Distiller(nn.Module):
         **method_options: Any,
     ) -> None:
         super().__init__()
-        teachers: list[Any] = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+        teachers: list[Any] = list(teacher) if isinstance(teacher, (list, tuple)) else _recorded(teacher)
         if not teachers:
             raise ValueError("teacher=[] is an empty list: give one teacher or several.")
         made = _make_method(method, method_options, len(teachers), teacher_weights)
@@ -105,7 +109,7 @@ class Distiller(nn.Module):
         if isinstance(student, str):
             classes = taps[0].classes if num_classes is None and taps else num_classes
             student = load_model(student, pretrained=False, num_classes=classes)
-            if taps:
+            if taps and not isinstance(taps[0], RecordedTap):
                 copy_label_names(taps[0].model, student)
         elif num_classes is not None:
             raise ValueError("num_classes is for a student given as a string; a module keeps the classes it has.")
@@ -200,13 +204,13 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The teacher module, frozen and in eval mode; of several the first, ``None`` without one."""
-        return self._teachers[0].model if self._teachers else None
+        """The teacher module, frozen, in eval mode; of several the first; ``None`` without one or of a cache alone."""
+        return next(iter(self.teachers), None)
 
     @property
     def teachers(self) -> list[nn.Module]:
         """All teacher modules."""
-        return [tap.model for tap in self._teachers]
+        return [tap.model for tap in self._teachers if not isinstance(tap, RecordedTap)]
 
     @property
     def taps(self) -> dict[str, Tap]:
@@ -312,6 +316,9 @@ class Distiller(nn.Module):
         from hetkd.training.loop import fit
 
         self._looked_at_values = False
+        for tap in self._teachers:
+            if isinstance(tap, RecordedTap):
+                options.setdefault("teacher_cache", tap.recorded.cache)
         return fit(self, train, val, epochs=epochs, output_dir=output_dir, resume=resume, options=options)
 
     def cache_teacher(
@@ -436,7 +443,10 @@ def _make_method(
 
 
 def _teacher_taps(
-    teachers: Sequence[str | nn.Module | None], method: Method, size: Any, normalized: Normalization | None
+    teachers: Sequence[str | nn.Module | RecordedTeacher | None],
+    method: Method,
+    size: Any,
+    normalized: Normalization | None,
 ) -> list[Tap]:
     if teachers == [None] and not method.uses_teacher:
         return []
@@ -445,15 +455,27 @@ def _teacher_taps(
     sizes = list(size) if len(teachers) > 1 and isinstance(size, list) else [size] * len(teachers)
     if len(sizes) != len(teachers):
         raise ValueError(f"input_size has {len(sizes)} sizes for {len(teachers)} teachers.")
-    taps = []
+    taps: list[Tap] = []
     for number, teacher in enumerate(teachers):
+        role = "teacher" if len(teachers) == 1 else f"teacher{number}"
+        if isinstance(teacher, RecordedTeacher):
+            taps.append(RecordedTap(role, teacher, normalized))
+            continue
         model = load_model(teacher) if isinstance(teacher, str) else teacher
         if not isinstance(model, nn.Module):
             raise TypeError(f"teacher must be a string or an nn.Module, got {teacher!r}.")
         model.requires_grad_(False)
-        role = "teacher" if len(teachers) == 1 else f"teacher{number}"
         taps.append(Tap(role, model.eval(), sizes[number], normalized))
     return taps
+
+
+def _recorded(teacher: Any) -> list[Any]:
+    """Returns what a cache knows of its teachers, in the place of its name; anything else as it is."""
+    if not (isinstance(teacher, str) and teacher.startswith(_CACHE)):
+        return [teacher]
+    from hetkd.training.teacher_cache import TeacherCache
+
+    return list(TeacherCache(teacher.removeprefix(_CACHE)).teachers)
 
 
 def _pooled_pair(teacher: Tap, student: Tap) -> StagePair | None:

@@ -1,4 +1,4 @@
-"""Sums and concatenations over all processes, with gradients; no-ops in a single process."""
+"""Sums, concatenations and agreements over all processes; no-ops in a single process."""
 
 from typing import Any
 
@@ -10,6 +10,20 @@ from torch import Tensor
 def world_size() -> int:
     """Returns the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def largest_of_processes(value: int, device: torch.device) -> int:
+    """Returns the largest ``value`` of all processes, on which they then agree.
+
+    Args:
+        value: Of this process.
+        device: Where the processes exchange tensors.
+    """
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared.item())
 
 
 def sum_over_processes(x: Tensor) -> Tensor:

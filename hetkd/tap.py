@@ -1,7 +1,7 @@
 """One side of a distillation: a model with its input transform, its adapter and the stages that are tapped."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,50 @@ from hetkd.names import unknown_name
 from hetkd.plan import POOLED
 
 Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RecordedTeacher:
+    """What a teacher cache knows of a teacher whose weights are not here.
+
+    Attributes:
+        cache: The cache's folder.
+        title: The teacher, as the plan names it.
+        fingerprint: Digest of its weights.
+        spec: The images that it was made for.
+        size: Height and width that it saw.
+        classes: Of its classifier.
+        pooled: Length of the vector before it.
+        stages: That can be chosen.
+    """
+
+    cache: str
+    title: str
+    fingerprint: str
+    spec: InputSpec
+    size: tuple[int, int]
+    classes: int | None
+    pooled: int | None
+    stages: tuple[Stage, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as JSON values, without the folder."""
+        values = asdict(self)
+        del values["cache"]
+        return values
+
+    @classmethod
+    def from_json(cls, cache: str, values: dict[str, Any]) -> "RecordedTeacher":
+        """Returns what `to_json` wrote down."""
+        return cls(
+            **{
+                **values,
+                "cache": cache,
+                "spec": InputSpec(**values["spec"]),
+                "size": tuple(values["size"]),
+                "stages": tuple(Stage(**stage) for stage in values["stages"]),
+            }
+        )
 
 
 class Tap:
@@ -29,6 +73,7 @@ class Tap:
         self.listed = self.stages  # of the adapter, without those that the user adds
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names: list[str] = []
+        self.fingerprint: str | None = None  # of weights that are not all here, and stay where they are
 
     def _dry_run(self) -> Probe:
         """Finds the stages, and the channels of the images where the model's first layer does not tell."""
@@ -133,8 +178,50 @@ class Tap:
 
     def to(self, device: torch.device) -> None:
         """Moves model and input transform; the dtype stays."""
-        self.model.to(device)
+        if self.fingerprint is None:
+            self.model.to(device)
         self.inputs.to(device)
+
+
+class RecordedTap(Tap):
+    """A teacher of which only the cache is here: its stages are known, and it cannot be run."""
+
+    def __init__(self, role: str, recorded: RecordedTeacher, normalized: Normalization | None) -> None:
+        self.role, self.recorded, self.model = role, recorded, nn.Identity()
+        self.spec, self.size = recorded.spec, recorded.size
+        self.stages, self.classes, self.pooled = list(recorded.stages), recorded.classes, recorded.pooled
+        self.listed = self.stages
+        self.why_no_stages = "" if self.stages else "the cached teacher yields no feature map"
+        self.inputs = InputTransform(self.spec, self.size, normalized)
+        self.names = []
+        self.fingerprint = recorded.fingerprint
+
+    @property
+    def title(self) -> str:
+        """As the plan named the teacher when it was cached."""
+        return self.recorded.title
+
+    def add_stages(self, names: Sequence[str]) -> None:
+        """Refuses stages that the cache does not know.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        known = [stage.name for stage in self.all_stages]
+        for name in names:
+            if name not in known:
+                raise unknown_name(f"stage of the cached {self.role}", name, known)
+
+    def run(self, images: Tensor) -> Features:
+        """Cannot be done.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            f"of the {self.role} only the cache {self.recorded.cache!r} is here: train with fit and the images that "
+            "it was made of."
+        )
 
 
 def _as_size(size: Any) -> tuple[int, int]:

@@ -3,11 +3,13 @@
     python recipes/imagenet_sfkd.py --data imagenet/ --dry-run                      # plan, batch, steps, time, memory
     accelerate launch recipes/imagenet_sfkd.py --data imagenet/ --output runs/r18 --trackers tensorboard
     accelerate launch recipes/imagenet_sfkd.py --data hf:ILSVRC/imagenet-1k --student timm:deit_tiny_patch16_224
+    accelerate launch recipes/imagenet_sfkd.py --data hf:ILSVRC/imagenet-1k --stream --images 1281167 --classes 1000
+    accelerate launch recipes/imagenet_sfkd.py --data wds:shards/ --images 1281167 --classes 1000
 
-`--data` is a folder with `train/` and `val/` (one folder of images a class each) or a Hugging Face dataset
-(`pip install datasets`). Crops and flips are made while loading, all other augmentation on the device. Stopped, the
-same command goes on from its last checkpoint; on SIGTERM or SIGUSR1, which clusters send before they kill, it
-writes one.
+`--data` is a folder with `train/` and `val/` (one folder of images a class each), a Hugging Face dataset
+(`pip install datasets`), downloaded first or streamed, or a folder of WebDataset shards `*train*.tar` and `*val*.tar`.
+Crops and flips are made while loading, all other augmentation on the device. Stopped, the same command goes on from its
+last checkpoint; on SIGTERM or SIGUSR1, which clusters send before they kill, it writes one.
 """
 
 import argparse
@@ -21,9 +23,11 @@ from accelerate import PartialState
 from hf_to_cnn import load_splits
 from results import resident_bytes
 from rich.console import Console
+from streams import StreamLoader, TrainingStream, open_streams
 from torch import nn
 
 from hetkd import Distiller, list_methods, load_model
+from hetkd.training.data import image_transform
 
 console = Console(highlight=False, soft_wrap=True)
 CNN_PROTOCOL: dict[str, Any] = {
@@ -60,20 +64,24 @@ OTHER_PROTOCOL: dict[str, Any] = {
 def main() -> None:
     """Trains, or tells what a training would be."""
     arguments = parse_arguments()
-    train, val, names = load_splits(arguments.data)
+    streams = open_streams(arguments.data) if arguments.stream else {}
+    train, val, names = (None, None, []) if streams else load_splits(arguments.data)
+    classes = arguments.classes or len(names)
     torch.manual_seed(arguments.seed)
     weights = arguments.teacher_weights
     teacher: nn.Module = load_model(
-        arguments.teacher, weights=weights, **({} if weights is None else {"num_classes": len(names)})
+        arguments.teacher, weights=weights, **({} if weights is None else {"num_classes": classes})
     )
-    student = load_model(arguments.student, pretrained=False, num_classes=len(names))
+    student = load_model(arguments.student, pretrained=False, num_classes=classes)
     distiller = Distiller(teacher, student, arguments.method)
     protocol = protocol_of(distiller, arguments)
     if PartialState().is_main_process:
         console.print(f"{distiller.plan}\n")
     if arguments.dry_run:
-        tell(distiller, protocol, count_images(train))
+        tell(distiller, protocol, arguments.images or count_images(train))
         return
+    if streams:
+        train, val = loaders(streams, distiller, protocol["batch_size"], arguments)
     result = distiller.fit(
         train,
         val,
@@ -88,6 +96,29 @@ def main() -> None:
     )
     if PartialState().is_main_process:
         console.print(f"{arguments.output}: top-1 {result.history[-1]['top1']:.2f} %, best {result.best['top1']:.2f} %")
+
+
+def loaders(
+    streams: dict[str, Any], distiller: Distiller, batch_size: int, arguments: argparse.Namespace
+) -> tuple[TrainingStream, StreamLoader]:
+    """Returns loaders of both streams, with the transforms that `fit` gives to folders."""
+    inputs = distiller.student_inputs
+    return (
+        TrainingStream(
+            streams["train"],
+            image_transform(inputs.spec, distiller.loading_size, train=True),
+            batch_size=batch_size,
+            workers=arguments.workers,
+            images=arguments.images,
+            seed=arguments.seed,
+        ),
+        StreamLoader(
+            streams["val"],
+            image_transform(inputs.spec, inputs.size, train=False),
+            batch_size=2 * batch_size,
+            workers=arguments.workers,
+        ),
+    )
 
 
 def protocol_of(distiller: Distiller, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +183,10 @@ def count_images(train: Any) -> int:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a folder with train/ and val/, or hf:NAME")
+    parser.add_argument("--data", required=True, help="a folder with train/ and val/, hf:NAME, or wds:FOLDER")
+    parser.add_argument("--stream", action="store_true", help="read hf:NAME as it comes, without a download first")
+    parser.add_argument("--images", type=int, help="of a stream: training images, which tell the length of an epoch")
+    parser.add_argument("--classes", type=int, help="of a stream")
     parser.add_argument("--teacher", default="timm:swin_tiny_patch4_window7_224", metavar="NAME")
     parser.add_argument("--teacher-weights", type=Path, metavar="FILE", help="instead of the pretrained ones")
     parser.add_argument("--student", default="timm:resnet18", metavar="NAME")
@@ -168,7 +202,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--output", type=Path, default=Path("runs/imagenet"), metavar="DIR")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    arguments.stream |= arguments.data.startswith("wds:")
+    if arguments.stream and not (arguments.images and arguments.classes):
+        parser.error("a stream needs --images and --classes, which it does not tell.")
+    return arguments
 
 
 if __name__ == "__main__":

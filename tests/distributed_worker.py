@@ -1,17 +1,24 @@
-"""What `test_distributed.py` launches: first steps and an evaluation, by one process or several.
+"""What `test_distributed.py` launches: steps, trainings and an evaluation, by one process or several.
 
 torchrun --nproc_per_node 2 tests/distributed_worker.py OUT.pt
 """
 
+import os
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from conftest import tiny_norm_free, tiny_vit
 
 from hetkd import Distiller
+from hetkd.training import TrainingDiverged, loop
 from hetkd.training.evaluate import eval_loader, measure
+from hetkd.training.parallel import make_accelerator
 
 CASES = {
     "kd": ("kd", {}),
@@ -23,11 +30,17 @@ CASES = {
     "crd": ("crd", {"negatives": 16}),
     "ce and kd and crd": (["dkd", "crd"], {}),
 }
+BATCH = 16 // int(os.environ.get("WORLD_SIZE", "1"))
+SETTINGS = {"batch_size": BATCH, "optimizer": "sgd", "cpu": True, "progress": False, "log_every": 1}
 
 
 def make(method: str, options: dict) -> Distiller:
     torch.manual_seed(0)
     return Distiller(tiny_vit(), tiny_norm_free(), method, input_size=64, **options)
+
+
+def data(count: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(2)), torch.arange(count) % 10
 
 
 def first_step(accelerator: Accelerator, method: str, options: dict) -> dict:
@@ -46,31 +59,135 @@ def first_step(accelerator: Accelerator, method: str, options: dict) -> dict:
 def evaluation(accelerator: Accelerator) -> dict[str, float]:
     """Returns the metrics on 21 images, which no number of processes but 1, 3, 7 and 21 divides."""
     distiller = make("kd", {})
-    data = torch.rand(21, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(21) % 10
-    loader = accelerator.prepare_data_loader(eval_loader(distiller, data, 4, 0), device_placement=False)
+    images, labels = data(21)
+    loader = accelerator.prepare_data_loader(eval_loader(distiller, (images, labels), 4, 0), device_placement=False)
     return measure(distiller, distiller.student, loader, accelerator.device, accelerator)
 
 
-def training() -> dict[str, float]:
-    """Returns the last record of a short run of `fit`, and a sum over the student it made."""
-    distiller = make("sfkd", {})
-    data = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(2)), torch.arange(32) % 10
-    result = distiller.fit(data, data, epochs=1, batch_size=8, cpu=True, progress=False)
-    return {**result.history[-1], "weights": sum(p.double().sum().item() for p in distiller.student.parameters())}
+def training(method: str = "sfkd", options: dict | None = None, *, labels: bool = True, **settings) -> dict:
+    """Returns the last record of a short run of `fit`, and the student it made."""
+    distiller = make(method, options or {})
+    train = data() if labels else data()[0]
+    result = distiller.fit(train, data(), **{"epochs": 1, **SETTINGS, **settings})
+    return {**result.history[-1], "weights": {name: p.detach() for name, p in distiller.student.named_parameters()}}
+
+
+@contextmanager
+def configuration(kind: DistributedType, **state):
+    """Makes `fit` find FSDP 2 or DeepSpeed in Accelerate's configuration, which Accelerate heeds on GPUs only."""
+
+    def configured(options, folder):
+        accelerator = make_accelerator(options, folder)
+        PartialState._shared_state["distributed_type"] = kind
+        AcceleratorState._shared_state |= {"distributed_type": kind, **state}
+        return accelerator
+
+    loop.make_accelerator = configured
+    try:
+        yield
+    finally:
+        loop.make_accelerator = make_accelerator
+
+
+class AtStep:
+    """An augmentation that does something once, in the last process."""
+
+    def __init__(self, step: int, action) -> None:
+        self.step, self.action, self.count = step, action, 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        is_last = PartialState().process_index == PartialState().num_processes - 1
+        return self.action(images) if is_last and self.count == self.step else images
+
+    def __repr__(self) -> str:
+        return "AtStep()"
+
+
+def broken(images: torch.Tensor) -> torch.Tensor:
+    return images * float("nan")
+
+
+def told(number: int):
+    def tell(images: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), number)
+        return images
+
+    return tell
+
+
+def diverging(folder: Path) -> dict:
+    """Returns the message of a run that broke in one process, and the last record of one that went back."""
+    message = ""
+    try:
+        training("kd", augment=AtStep(2, broken))
+    except TrainingDiverged as error:
+        message = str(error)
+    returned = training("kd", augment=AtStep(2, broken), returns=1, checkpoint_steps=1, output_dir=folder)
+    return {"message": message, "returned": returned}
+
+
+def stopped(folder: Path) -> dict:
+    """Returns what a run made that was stopped by a signal to one process, and resumed."""
+    status = 0
+    try:
+        training(augment=AtStep(1, told(signal.SIGTERM)), output_dir=folder)
+    except SystemExit as error:
+        status = error.code
+    checkpoints = [path.name for path in (folder / "checkpoints").iterdir()]
+    resumed = training(augment=AtStep(0, broken), output_dir=folder, resume=True)
+    return {"status": status, "checkpoints": checkpoints, "resumed": resumed}
+
+
+def sharded(folder: Path) -> dict:
+    """Returns what a run made whose student FSDP shards, and one that was stopped and resumed."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False)
+    with configuration(DistributedType.FSDP, fsdp_plugin=plugin):
+        return {"whole": training(augment=AtStep(0, broken)), **stopped(folder)}
+
+
+def with_deepspeed(out: Path) -> None:
+    """Writes what runs made under DDP and under DeepSpeed."""
+    ddp = training()
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    sizes = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 1}
+    zero = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
+    plugin = DeepSpeedPlugin(hf_ds_config={**sizes, **zero})
+    plugin.select(_from_accelerator_state=True)
+    with configuration(DistributedType.DEEPSPEED, deepspeed_plugins={"default": plugin}):
+        deepspeed = training(output_dir=out.with_suffix(""))
+    torch.save({"ddp": ddp, "deepspeed": deepspeed}, out.with_name(f"{out.stem}-{os.environ['RANK']}.pt"))
 
 
 def main(out: Path) -> None:
     accelerator = Accelerator(cpu=True)
+    folder = out.with_name(f"{out.stem}-runs")
     results = {
         "processes": accelerator.num_processes,
         "steps": {name: first_step(accelerator, *case) for name, case in CASES.items()},
         "evaluation": evaluation(accelerator),
         "training": training(),
+        "teacher sharded": training(teacher_placement="sharded"),
+        "teacher offloaded": training(teacher_placement="offloaded"),
+        "label-free": training("sfkd", {"ce_weight": 0, "kd_weight": 0}, labels=False),
+        "middle stages": training("fitnet", {"ce_weight": 0, "stages": [1]}, labels=False),
     }
-    torch.save(results, out.with_name(f"{out.stem}-{accelerator.process_index}.pt"))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        results |= {
+            "diverging": diverging(folder / "diverging"),
+            "stopped": stopped(folder / "stopped"),
+            "undisturbed": training(augment=AtStep(0, broken)),
+            "sharded": sharded(folder / "sharded"),
+        }
+    torch.save(results, out.with_name(f"{out.stem}-{PartialState().process_index}.pt"))
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[1] == "dies":
+        training(augment=AtStep(3, told(signal.SIGKILL)), epochs=1000)
+    elif "deepspeed" in sys.argv[1]:
+        with_deepspeed(Path(sys.argv[1]))
+    else:
+        main(Path(sys.argv[1]))

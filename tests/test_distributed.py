@@ -12,21 +12,23 @@ from distributed_worker import CASES
 HERE = Path(__file__).parent
 
 
-def launch(processes: int, out: Path) -> list[dict]:
+def run(processes: int, argument: str, timeout: float) -> subprocess.CompletedProcess:
     # On the CPU, accelerate launch starts one process (or leaves it to MPI); torchrun is what it calls for several.
     launchers = {
         1: ["accelerate.commands.launch", "--cpu", "--num_processes=1"],
         2: ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     }
-    command = [sys.executable, "-m", *launchers[processes]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [*command, str(HERE / "distributed_worker.py"), str(out)],
-        env=environment,
+    return subprocess.run(
+        [sys.executable, "-m", *launchers[processes], str(HERE / "distributed_worker.py"), argument],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path[1:]])},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
     )
+
+
+def launch(processes: int, out: Path) -> list[dict]:
+    done = run(processes, str(out), 280)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out.with_name(f"{out.stem}-{rank}.pt"), weights_only=True) for rank in range(processes)]
 
@@ -58,7 +60,64 @@ def test_every_validation_image_counts_once(one_and_two):
     assert two[1]["evaluation"] == pytest.approx(one["evaluation"], rel=1e-4)
 
 
-def test_fit_leaves_all_processes_with_one_student(one_and_two):
+def assert_same(found: dict, expected: dict, tolerance: float = 0.0) -> None:
+    """Compares two students and their metrics."""
+    torch.testing.assert_close(found["weights"], expected["weights"], atol=tolerance, rtol=0)
+    assert found["top1"] == expected["top1"]
+
+
+def test_fit_makes_the_same_student_in_one_process_and_two(one_and_two):
+    one, (first, second) = one_and_two
+    assert_same(second["training"], first["training"])
+    assert_same(first["training"], one["training"], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("placement", ["sharded", "offloaded"])
+def test_a_teacher_elsewhere_teaches_the_same(one_and_two, placement):
+    one, (two, _) = one_and_two
+    for results in (one, two):
+        assert_same(results[f"teacher {placement}"], results["training"], tolerance=1e-5)
+
+
+def test_a_student_that_is_sharded_learns_the_same_and_resumes(one_and_two):
     _, (first, second) = one_and_two
-    assert first["training"]["weights"] == second["training"]["weights"]
-    assert first["training"]["top1"] == second["training"]["top1"]
+    assert_same(first["sharded"]["whole"], first["training"], tolerance=1e-5)
+    for results in (first, second):
+        assert_same(results["sharded"]["resumed"], first["sharded"]["whole"])
+
+
+@pytest.mark.parametrize("case", ["label-free", "middle stages"])
+def test_parameters_without_a_loss_do_not_hold_ddp_up(one_and_two, case):
+    one, (two, _) = one_and_two
+    assert_same(two[case], one[case], tolerance=1e-4)
+
+
+def test_a_signal_to_one_process_stops_all_and_the_run_resumes_exactly(one_and_two):
+    _, both = one_and_two
+    for results in both:
+        assert results["stopped"]["status"] == 143
+        assert results["stopped"]["checkpoints"] == ["step-000000001"]
+        assert_same(results["stopped"]["resumed"], results["undisturbed"])
+
+
+def test_one_process_that_diverges_ends_or_turns_back_all(one_and_two):
+    _, (first, second) = one_and_two
+    assert "another process is NaN or Inf at epoch 1, step 2" in first["diverging"]["message"]
+    assert "is nan at epoch 1, step 2" in second["diverging"]["message"]
+    assert_same(second["diverging"]["returned"], first["diverging"]["returned"])
+    assert first["diverging"]["returned"]["train/ce"] > 0
+
+
+def test_a_process_that_dies_ends_the_run():
+    done = run(2, "dies", 120)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+
+
+def test_deepspeed_trains_the_same_student(tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed; it is not part of the test extra")
+    done = run(2, str(tmp_path / "deepspeed.pt"), 200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = torch.load(tmp_path / "deepspeed-0.pt", weights_only=True)
+    assert_same(results["deepspeed"], results["ddp"], tolerance=1e-5)
+    assert (tmp_path / "deepspeed" / "last.safetensors").exists()

@@ -2,11 +2,14 @@
 
 import copy
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,7 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hetkd import RSD, Distiller
+from hetkd.inputs import InputSpec
 from hetkd.training import TrainingDiverged
+from hetkd.training.data import image_transform
 from hetkd.training.loop import _Run
 
 RECIPES = REPOSITORY / "recipes"
@@ -28,7 +33,7 @@ def run(recipe: str, *arguments: str, cwd) -> str:
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=280, cwd=cwd, env={**os.environ, "COLUMNS": "160"}
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:2000] + done.stderr[-1000:]
     return done.stdout
 
 
@@ -486,20 +491,88 @@ def tiny_imagenet(tmp_path, data_folder):
 IMAGENET = ("--teacher", "timm:test_vit", "--teacher-weights", "teacher.safetensors", "--data", "data")
 
 
+def in_two_processes(script: str, *words: str, cwd: Path) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(RECIPES / script), *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=cwd,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[:2000] + done.stderr[-1000:]
+    return done.stdout
+
+
+def write_shards(folder: Path, data: Path) -> None:
+    """Packs the images of a folder into two WebDataset shards a split."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        files = sorted((data / split).glob("*/*.jpg"))
+        for shard in range(2):
+            with tarfile.open(folder / f"tiny-{split}-{shard}.tar", "w") as archive:
+                for path in files[shard::2]:
+                    key = f"{path.parent.name}-{path.stem}"
+                    archive.add(path, f"{key}.jpg")
+                    label = path.parent.name.removeprefix("n").encode()
+                    member = tarfile.TarInfo(f"{key}.cls")
+                    member.size = len(label)
+                    archive.addfile(member, io.BytesIO(label))
+
+
+def test_imagenet_from_a_stream_in_two_processes(tiny_imagenet):
+    write_shards(tiny_imagenet / "shards", tiny_imagenet / "data")
+    words = (*IMAGENET[:-1], "wds:shards", "--images", "24", "--classes", "4", "--student", "timm:test_resnet")
+    short = ("--batch-size", "4", "--workers", "1", "--epochs", "1", "--output", "out")
+    in_two_processes("imagenet_sfkd.py", *words, *short, cwd=tiny_imagenet)
+    record = json.loads((tiny_imagenet / "out" / "history.json").read_text())[0]
+    top1 = record["top1"] * 12 / 100
+    assert top1 == pytest.approx(round(top1), abs=1e-3), "all 12 validation images count, once each"
+    settings = json.loads((tiny_imagenet / "out" / "settings.json").read_text())
+    assert (settings["processes"], settings["effective_batch_size"]) == (2, 8)
+
+
+def test_stream_is_the_same_again_and_another_in_the_next_epoch(tiny_imagenet, monkeypatch):
+    import streams
+
+    write_shards(tiny_imagenet / "shards", tiny_imagenet / "data")
+    spec = InputSpec(3, (32, 32), (0.5,) * 3, (0.5,) * 3)
+    transform = image_transform(spec, (32, 32), train=True)
+
+    def batches(epoch: int, rank: int = 0, images: int = 24) -> list:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        stream = streams.open_streams(f"wds:{tiny_imagenet / 'shards'}")["train"]
+        loader = streams.TrainingStream(stream, transform, batch_size=4, workers=0, images=images, seed=0)
+        loader.set_epoch(epoch)
+        return list(loader)
+
+    first = batches(0)
+    assert len(first) == 3
+    torch.testing.assert_close(batches(0), first)
+    assert any(not torch.equal(a[0], b[0]) for a, b in zip(first, batches(1), strict=True))
+    labels = torch.cat([y for rank in (0, 1) for _, y in batches(0, rank)])
+    assert labels.bincount().tolist() == [6, 6, 6, 6], "the processes share the images out"
+    assert len(batches(0, images=48)) == 6, "a stream that ends early starts again"
+
+
+def test_stream_refuses_what_it_cannot_know(tmp_path, capsys):
+    import imagenet_sfkd
+    import streams
+
+    with pytest.raises(SystemExit):
+        imagenet_sfkd.parse_arguments(["--data", "wds:shards"])
+    assert "a stream needs --images and --classes" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"no shards \*train\*\.tar"):
+        streams.open_streams(f"wds:{tmp_path}")
+
+
 def test_imagenet_in_two_processes_and_again(tiny_imagenet):
     words = (*IMAGENET, "--student", "timm:test_resnet", "--batch-size", "4", "--workers", "0", "--output", "out")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for _ in range(2):  # the second time there is nothing left to do
-        done = subprocess.run(
-            [*command, str(RECIPES / "imagenet_sfkd.py"), *words, "--epochs", "2"],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            cwd=tiny_imagenet,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on after epoch 2" in done.stdout
+        out = in_two_processes("imagenet_sfkd.py", *words, "--epochs", "2", cwd=tiny_imagenet)
+    assert "going on after epoch 2" in out
     history = json.loads((tiny_imagenet / "out" / "history.json").read_text())
     settings = json.loads((tiny_imagenet / "out" / "settings.json").read_text())
     assert len(history) == 2

@@ -53,6 +53,38 @@ def test_training_from_the_cache_has_the_losses_of_live_training(tmp_path, folde
             assert ours[name] == pytest.approx(value, rel=5e-3, abs=5e-3), name
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("method", ["sfkd", "ofa", "rsd"])
+def test_the_cache_alone_teaches_as_with_the_teacher_at_hand(tmp_path, folder, method, several):
+    teacher, student = make().teacher, tiny_cnn()
+    teachers = [teacher, copy.deepcopy(teacher)] if several else teacher
+
+    def distiller(teachers) -> Distiller:
+        torch.manual_seed(0)
+        return Distiller(teachers, copy.deepcopy(student), method, input_size=32)
+
+    whole, cache = distiller(teachers), tmp_path / "cache"
+    whole.cache_teacher(folder, cache, progress=False)
+    alone = distiller(f"cache:{cache}")
+    assert alone.teachers == []
+    assert str(alone.plan) == str(whole.plan)
+    assert terms(alone.fit(folder, epochs=1, batch_size=8, **QUIET)) == terms(
+        whole.fit(folder, epochs=1, batch_size=8, teacher_cache=cache, **QUIET)
+    )
+    with pytest.raises(RuntimeError, match=r"only the cache .* is here: train with fit"):
+        alone(torch.rand(2, 3, 32, 32))
+
+
+def test_the_cache_alone_refuses_what_it_does_not_hold(tmp_path, folder):
+    make().cache_teacher(folder, tmp_path / "cache", progress=False)
+    with pytest.raises(ValueError, match="stage of the cached teacher"):
+        Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "sfkd", stages=[("blocks.9", "layer4")], input_size=32)
+    with pytest.raises(ValueError, match="made with another method"):
+        Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "uhkd", input_size=32).fit(folder, epochs=1, **QUIET)
+    with pytest.raises(ValueError, match="holds no cache"):
+        Distiller("cache:nowhere", tiny_cnn(), "sfkd")
+
+
 def test_tensors_and_few_logits(tmp_path):
     images, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
     distiller = make("kd")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
 
 from hetkd import Distiller, load_model
-from hetkd.training import TrainingDiverged, TrainingOptions
+from hetkd.training import TrainingDiverged, TrainingOptions, loop, signals
 from hetkd.training.data import UnreadableImage
 from hetkd.training.targets import TargetMaker
 
@@ -383,6 +383,24 @@ class TestExactResume:
         assert "step-000000003" in numbers
         assert calls == (3 if error else 6)
         assert signal.getsignal(signal.SIGTERM) is before
+
+    def test_the_checkpoint_of_the_best_epoch_stays_if_asked_for(self, tmp_path, monkeypatch):
+        accuracies = iter([20.0, 50.0, 30.0, 40.0])
+        monkeypatch.setattr(loop, "measure", lambda *_: {"top1": next(accuracies), "top5": 0.0, "loss": 1.0})
+        options = {**QUIET, "epochs": 4, "batch_size": 16, "keep_last": 1, "keep_best": True}
+        self.make("kd").fit(bright_or_dark(32), bright_or_dark(16), **options, output_dir=tmp_path)
+        kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert kept == ["step-000000004", "step-000000008"]
+
+    def test_a_launcher_that_passes_a_keystroke_on_does_not_stop_the_saving(self, monkeypatch):
+        seconds = iter([0.0, 0.2, 0.2, 5.0])
+        monkeypatch.setattr(signals.time, "monotonic", lambda: next(seconds))
+        with signals.Signals(enabled=True) as heeded:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert heeded.received == "SIGINT"
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
 
     def test_other_data_another_teacher_and_fewer_epochs_are_refused(self, tmp_path):
         data, options = bright_or_dark(48), {**QUIET, "epochs": 2, "batch_size": 8, "output_dir": tmp_path}

@@ -96,8 +96,10 @@ class RunFolder:
         """Writes the random states of one process into the open checkpoint ``number``."""
         save_file(random, self.open_checkpoint(number) / _random_name(rank))
 
-    def save_checkpoint(self, number: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Completes checkpoint ``number``, which becomes visible in one step, and then removes old ones."""
+    def save_checkpoint(
+        self, number: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int | None = None
+    ) -> None:
+        """Completes checkpoint ``number``, visible in one step, and then removes old ones except ``keep``."""
         temporary, final = self.open_checkpoint(number), self.checkpoints / _name(number)
         save_file(tensors, temporary / _TENSORS)
         (temporary / _VALUES).write_text(json.dumps(values), encoding="utf-8")
@@ -110,7 +112,7 @@ class RunFolder:
         sync_folder(self.checkpoints)
         numbers = self._numbers()
         whole = [other for other in numbers if other <= number][-self.keep_last :]
-        for other in set(numbers) - set(whole):  # old ones, and damaged ones that the run did not go on from
+        for other in set(numbers) - {*whole, keep}:  # old ones, and damaged ones that the run did not go on from
             shutil.rmtree(self.checkpoints / _name(other))
 
     def load_checkpoint(self) -> Checkpoint | None:

@@ -197,7 +197,7 @@ def make_dataset(
         raise TypeError(
             f"{what} must be a folder, a dataset, tensors (images, labels) or a loader, got {type(data).__name__}."
         )
-    transform = _image_transform(spec, size, train)
+    transform = image_transform(spec, size, train)
     return TransformedImages(data, transform, seed if train else None, skip_unreadable=skip_unreadable)
 
 
@@ -289,7 +289,8 @@ def _image_folder(path: Path, what: str) -> Any:
         ) from error
 
 
-def _image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Any], Tensor]:
+def image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Any], Tensor]:
+    """Returns the transform from a PIL image to a uint8 tensor ``[C, H, W]``: training crops and flips at random."""
     from torchvision.transforms import InterpolationMode, v2
 
     mode = InterpolationMode(spec.interpolation)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hetkd.adapter import eval_mode
 from hetkd.inputs import check_images, check_labels
@@ -54,8 +55,8 @@ def measure(
         model: The student, or the average of its weights.
         loader: Of images and labels.
         device: Where to compute.
-        accelerator: Gathers the results of all processes, if given, without the samples that even
-            batches repeat.
+        accelerator: Puts the results of all processes together, if given: those of a ``DataLoader`` that it
+            shared out without the samples that even batches repeat; any other loader is a process's own share.
 
     Returns:
         ``{"top1", "top5", "loss"}``, accuracies in percent.
@@ -70,8 +71,10 @@ def measure(
         raise ValueError(
             "the student has no classifier to evaluate: leave val out, or give it one with num_classes=..."
         )
-    metrics = _accuracies(classes, device)
-    loss = MeanMetric(sync_on_compute=False).to(device)
+    shared_out = isinstance(loader, DataLoader)
+    own_share = accelerator is not None and not shared_out
+    metrics = _accuracies(classes, device, sync=own_share)
+    loss = MeanMetric(sync_on_compute=own_share).to(device)
     autocast = nullcontext() if accelerator is None else accelerator.autocast()
     seen = 0
     with eval_mode(model), torch.inference_mode(), autocast:
@@ -91,7 +94,7 @@ def measure(
             check_labels(labels, len(images), classes, look_at_values=True)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             logits = distiller.predict(images, model).float()
-            if accelerator is not None:
+            if accelerator is not None and shared_out:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
             seen += len(labels)
             loss.update(F.cross_entropy(logits, labels), weight=len(labels))
@@ -102,12 +105,12 @@ def measure(
     return {**{name: 100 * metric.compute().item() for name, metric in metrics.items()}, "loss": loss.compute().item()}
 
 
-def _accuracies(classes: int, device: torch.device) -> dict[str, Any]:
+def _accuracies(classes: int, device: torch.device, *, sync: bool) -> dict[str, Any]:
     from torchmetrics.classification import MulticlassAccuracy
 
     return {
         f"top{k}": MulticlassAccuracy(
-            classes, top_k=min(k, classes), average="micro", validate_args=False, sync_on_compute=False
+            classes, top_k=min(k, classes), average="micro", validate_args=False, sync_on_compute=sync
         ).to(device)
         for k in (1, 5)
     }

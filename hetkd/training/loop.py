@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,18 +16,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hetkd.distributed import largest_of_processes
 from hetkd.inputs import check_labels
-from hetkd.methods import Method
 from hetkd.training.checkpoint import BEST, LAST, Checkpoint, RunFolder
 from hetkd.training.data import TensorImages, TransformedImages, has_labels, images_and_labels, make_loader
 from hetkd.training.evaluate import eval_loader, measure
 from hetkd.training.options import TrainingOptions
 from hetkd.training.packing import pack_optimizer, unpack_optimizer, with_prefix, without_prefix
+from hetkd.training.parallel import (
+    copy_for_sharding,
+    load_sharded_state,
+    local_part,
+    make_accelerator,
+    only_used_parameters,
+    place_teachers,
+    prepare,
+    sharded_state,
+    share_buffers,
+    unsharded_weights,
+    uses_deepspeed,
+)
 from hetkd.training.progress import TrainingProgress
 from hetkd.training.random_state import random_state, restore_random_state
 from hetkd.training.signals import Signals
 from hetkd.training.targets import TargetMaker
-from hetkd.training.teacher_cache import CachedImages, TeacherCache, fingerprint_data, fingerprint_model
+from hetkd.training.teacher_cache import CachedImages, TeacherCache, fingerprint_data, fingerprint_teachers
 from hetkd.training.terms import Terms, TrainingDiverged
 
 if TYPE_CHECKING:
@@ -46,7 +58,9 @@ FREE_SETTINGS = {
     "checkpoint_steps",
     "checkpoint_minutes",
     "keep_last",
+    "keep_best",
     "returns",
+    "teacher_placement",
     "trackers",
     "unreadable",
 }
@@ -96,7 +110,9 @@ def fit(
     if checked.warmup_epochs > epochs:
         raise ValueError(f"warmup_epochs={checked.warmup_epochs} is more than epochs={epochs}.")
     folder = None if output_dir is None else RunFolder(output_dir, resume=resume, keep_last=checked.keep_last)
-    return _Run(distiller, train, val, epochs, folder, checked).run(resume)
+    accelerator = make_accelerator(checked, None if folder is None else folder.path)
+    with only_used_parameters(distiller, accelerator.device):
+        return _Run(distiller, train, val, epochs, folder, checked, accelerator).run(resume)
 
 
 class _Run:
@@ -110,11 +126,14 @@ class _Run:
         epochs: int,
         folder: RunFolder | None,
         options: TrainingOptions,
+        accelerator: Any,
     ) -> None:
         from timm.optim import create_optimizer_v2
         from timm.utils import ModelEmaV3
 
-        self.distiller, self.epochs, self.folder, self.options = distiller, epochs, folder, options
+        self.epochs, self.folder, self.options, self.accelerator = epochs, folder, options, accelerator
+        self.device: torch.device = accelerator.device
+        self.whole = self.distiller = distiller
         self.notes: list[str] = []
         self.cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
         train_loader = self._train_loader(train)
@@ -123,19 +142,18 @@ class _Run:
         self.has_labels = has_labels(train_loader)
         if self.has_labels is False:
             self._refuse_missing_labels()
-        self.accelerator = _accelerator(options, distiller.method, None if folder is None else folder.path)
-        if options.returns and self.accelerator.num_processes > 1:
-            raise ValueError(f"returns={options.returns} works in one process only.")
         self.batch_size = getattr(train_loader, "batch_size", None) or options.batch_size
+        place_teachers(distiller, options.teacher_placement, accelerator)
+        if accelerator.is_fsdp2:
+            self.distiller = copy_for_sharding(distiller)
         optimizer = create_optimizer_v2(
-            distiller,
+            self.distiller,
             opt=options.optimizer,
             lr=options.peak_lr,
             weight_decay=options.weight_decay,
             momentum=options.momentum,
         )
-        self.model, self.optimizer = self.accelerator.prepare(distiller, optimizer)
-        self.device: torch.device = self.accelerator.device
+        self.model, self.optimizer = prepare(self.distiller, optimizer, accelerator, self.batch_size)
         self._check_last_batch(train_loader)
         self.train = self._prepared(train_loader)
         self.val = None if val_loader is None else self._prepared(val_loader)
@@ -143,11 +161,16 @@ class _Run:
         self.updates = None if self.batches is None else math.ceil(self.batches / options.gradient_accumulation)
         self.scheduler = self._make_scheduler()
         self.ema = None if options.ema is None else ModelEmaV3(distiller.student, decay=options.ema, use_warmup=True)
+        self.keeps_checkpoints = folder is not None
+        if folder is not None and uses_deepspeed(accelerator):
+            self.keeps_checkpoints = False
+            self.notes.append("DeepSpeed: students are saved after each epoch, but no checkpoint to resume from.")
         self.fingerprints = {} if folder is None else self._fingerprints(train_loader)
         self.result = FitResult(output_dir=None if folder is None else folder.path)
         self.first_epoch = 0
         self.update = 0
         self.steps = 0  # of the whole run: the numbers of checkpoints
+        self.best_checkpoint: int | None = None
         self.interrupted: _Interrupted | None = None
         self.returned = 0
         self.saved_at = time.monotonic()
@@ -174,7 +197,7 @@ class _Run:
         return {
             "train_images": len(dataset) if hasattr(dataset, "__len__") else None,
             "train_data": fingerprint_data(dataset) if own else None,
-            "teachers": [fingerprint_model(teacher) for teacher in self.distiller.teachers],
+            "teachers": fingerprint_teachers(self.distiller),
         }
 
     def _with_cache(self, dataset: TransformedImages) -> CachedImages:
@@ -232,6 +255,8 @@ class _Run:
 
     def run(self, resume: bool) -> FitResult:
         try:
+            if resume and not self.keeps_checkpoints:
+                raise ValueError("resume=True: a run under DeepSpeed has no checkpoint to go on from.")
             if resume:
                 self._refuse_other_settings()
                 self._restore()
@@ -244,7 +269,7 @@ class _Run:
             step = 0 if self.interrupted is None else self.interrupted.step
             with (
                 TrainingProgress(self.epochs, self.batches, self.first_epoch, step, enabled=show) as progress,
-                Signals(enabled=self.folder is not None) as self.signals,
+                Signals(enabled=self.keeps_checkpoints) as self.signals,
             ):
                 for note in self.notes:
                     progress.note(note)
@@ -253,6 +278,8 @@ class _Run:
                 self._epochs(progress)
             if self.ema is not None:
                 self.distiller.student.load_state_dict(self.ema.module.state_dict())
+            if self.accelerator.is_fsdp2:
+                self.whole.load_state_dict(unsharded_weights(self.model, everywhere=True))
         finally:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             for tracker in self.accelerator.trackers:
@@ -305,6 +332,7 @@ class _Run:
             * self.options.gradient_accumulation
             * self.accelerator.num_processes,
             "processes": self.accelerator.num_processes,
+            "sharded": self.accelerator.is_fsdp2,
             **self.fingerprints,
             "versions": {name: version(name) for name in ("hetkd", "torch", "timm", "accelerate")},
             **self.options.settings(),
@@ -320,6 +348,8 @@ class _Run:
             "seconds": seconds,
         }
         self._report_unreadable(record, progress)
+        if self.accelerator.is_fsdp2:
+            share_buffers(self.distiller)
         student = self.distiller.student if self.ema is None else self.ema.module
         if self.val is not None:
             record |= measure(self.distiller, student, self.val, self.device, self.accelerator)
@@ -328,7 +358,7 @@ class _Run:
         progress.epoch_done(record)
         is_best = self.val is None or record["top1"] > self.result.best.get("top1", -1.0)
         if is_best:
-            self.result.best = record
+            self.result.best, self.best_checkpoint = record, self.steps
         self._save(epoch, student, is_best)
 
     def _report_unreadable(self, record: dict[str, float], progress: TrainingProgress) -> None:
@@ -377,29 +407,27 @@ class _Run:
 
     def _refuse_broken_weights(self, epoch: int) -> None:
         """Keeps weights that are no numbers out of checkpoints and evaluations."""
-        for name, parameter in self.distiller.named_parameters():
-            if not parameter.isfinite().all():
-                raise TrainingDiverged(
-                    f"the weight {name!r} became NaN or Inf in epoch {epoch + 1}: try a lower lr or clip_grad=1.0."
-                )
+        named = self.distiller.named_parameters()
+        broken = next((repr(name) for name, parameter in named if not local_part(parameter).isfinite().all()), None)
+        if largest_of_processes(int(broken is not None), self.device):
+            raise TrainingDiverged(
+                f"the weight {broken or 'of another process'} became NaN or Inf in epoch {epoch + 1}: try a lower lr "
+                "or clip_grad=1.0."
+            )
 
     def _is_due(self, step: int) -> bool:
         """Says, alike in all processes, whether a checkpoint is to be written after this step."""
-        if self.folder is None or not self.accelerator.sync_gradients:  # accumulated gradients are not kept
+        if not (self.keeps_checkpoints and self.accelerator.sync_gradients):  # accumulated gradients are not kept
             return False
         every = self.options.checkpoint_steps
         if every is not None and self.steps % every == 0:
             return True
-        minutes = self.options.checkpoint_minutes
-        wanted = self.signals.received is not None or (
-            minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        )
-        if self.accelerator.num_processes == 1:
-            return wanted
-        if step % self.options.log_every:
+        if self.accelerator.num_processes > 1 and step % self.options.log_every:
             return False
-        flag = torch.tensor(float(wanted), device=self.device)
-        return bool(self.accelerator.reduce(flag, "sum").item() > 0)
+        self.signals.agree(self.device)
+        minutes = self.options.checkpoint_minutes
+        overdue = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        return self.signals.received is not None or bool(largest_of_processes(int(overdue), self.device))
 
     def _batches(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor | None, dict[str, Tensor] | None]]:
         """Yields the batches of an epoch from number ``skip`` on, with the teacher's targets if they are cached."""
@@ -477,26 +505,34 @@ class _Run:
         """Saves students and history at the end of an epoch, and a checkpoint."""
         if self.folder is None:
             return
+        if self.accelerator.is_fsdp2:
+            weights = unsharded_weights(self.model, everywhere=False)
+            if self.accelerator.is_main_process:
+                self.whole.load_state_dict(weights)
+            student = self.whole.student
         if self.accelerator.is_main_process:
             if is_best:
                 self.folder.save_student(student, BEST)
             self.folder.save_student(student, LAST)
             self.folder.save_history(self.result.history)
-        self._save_checkpoint(epoch + 1, _Interrupted())
+        if self.keeps_checkpoints:
+            self._save_checkpoint(epoch + 1, _Interrupted())
+        self.signals.agree(self.device)
         self.signals.obey()
 
     def _save_checkpoint(self, epoch: int, part: _Interrupted) -> None:
         """Writes a checkpoint: whole epochs, and as much of the next one as ``part`` says."""
         assert self.folder is not None
+        weights, moments = self._state()
         if self.accelerator.is_main_process:
             self.folder.open_checkpoint(self.steps)
         self.accelerator.wait_for_everyone()
         self.folder.save_random(self.steps, self.accelerator.process_index, random_state())
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            optimizer_tensors, optimizer_values = pack_optimizer(self.optimizer.state_dict())
+            optimizer_tensors, optimizer_values = pack_optimizer(moments)
             tensors = {
-                **with_prefix("distiller.", self.distiller.state_dict()),
+                **with_prefix("distiller.", weights),
                 **with_prefix("optimizer.", optimizer_tensors),
                 **({} if self.ema is None else with_prefix("ema.", self.ema.module.state_dict())),
                 **({} if part.sums is None else {"terms": part.sums}),
@@ -514,11 +550,19 @@ class _Run:
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "history": self.result.history,
                 "best": self.result.best,
+                "best_checkpoint": self.best_checkpoint,
                 "settings": self._settings(),
             }
-            self.folder.save_checkpoint(self.steps, tensors, json.loads(json.dumps(values, default=str)))
+            keep = self.best_checkpoint if self.options.keep_best else None
+            self.folder.save_checkpoint(self.steps, tensors, json.loads(json.dumps(values, default=str)), keep)
         self.accelerator.wait_for_everyone()
         self.saved_at = time.monotonic()
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the state dicts of distiller and optimizer; of a sharded one whole, in the first process."""
+        if self.accelerator.is_fsdp2:
+            return sharded_state(self.model, self.optimizer.optimizer)
+        return self.distiller.state_dict(), self.optimizer.state_dict()
 
     def _restore(self, *, go_back: bool = False) -> None:
         saved = None if self.folder is None else self.folder.load_checkpoint()
@@ -528,16 +572,20 @@ class _Run:
             return
         values = saved.values
         self.returned = max(self.returned, values["returned"])
-        self.distiller.load_state_dict(without_prefix("distiller.", saved.tensors))
-        self.optimizer.load_state_dict(
-            unpack_optimizer(without_prefix("optimizer.", saved.tensors), values["optimizer"])
-        )
+        weights = without_prefix("distiller.", saved.tensors)
+        moments = unpack_optimizer(without_prefix("optimizer.", saved.tensors), values["optimizer"])
+        if self.accelerator.is_fsdp2:
+            load_sharded_state(self.model, self.optimizer.optimizer, weights, moments)
+        else:
+            self.distiller.load_state_dict(weights)
+            self.optimizer.load_state_dict(moments)
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(without_prefix("ema.", saved.tensors))
         self.first_epoch, self.update, self.steps = values["epoch"], values["update"], values["steps"]
         self.result.history, self.result.best = values["history"], values["best"]
+        self.best_checkpoint = values["best_checkpoint"]
         if values["step"]:
             self.interrupted = self._interrupted(saved)
 
@@ -575,32 +623,3 @@ def _out_of_memory(batch: int, options: TrainingOptions) -> str:
         f"a batch of {batch} images does not fit in memory: batch_size={max(1, batch // 2)} with "
         f"gradient_accumulation={accumulation} has the same effective batch; mixed_precision='bf16' also helps."
     )
-
-
-def _accelerator(options: TrainingOptions, method: Method, folder: Path | None) -> Any:
-    from accelerate import Accelerator, PartialState
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
-
-    # Accelerate keeps its settings for the whole process; a second run may have others.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    cpu = options.cpu or not torch.accelerator.is_available()
-    PartialState(cpu=cpu)  # before anything else asks for it: only then do several processes on CPUs find each other
-    # Without a loss on logits, the student's classifier gets no gradient.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=not method.uses_student_logits)
-    accelerator = Accelerator(
-        kwargs_handlers=[ddp],
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        cpu=cpu,
-        log_with=list(options.trackers) or None,
-        project_dir=None if folder is None else str(folder),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"{launched} processes were launched, but this one trains with {accelerator.num_processes}: they would "
-            "overwrite each other's files. Unset WORLD_SIZE, or launch with accelerate launch or torchrun."
-        )
-    return accelerator

@@ -47,14 +47,16 @@ class TrainingOptions:
             says. One is always written at the end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
         checkpoint_minutes: Minutes after which a checkpoint is written within an epoch, or ``None``.
         keep_last: How many checkpoints are kept; the one before the last serves where the last is damaged.
+        keep_best: Keep the checkpoint of the best epoch too; ``best.safetensors``, its student, is always kept.
         progress: Show a progress bar and a line an epoch.
         log_every: Steps between readings of the loss, and looks for NaN.
         trackers: Names of Accelerate's trackers (``"tensorboard"``, ``"wandb"``, ``"mlflow"``, ...) or tracker objects:
             they get the settings, and the record of each epoch. Files go to ``output_dir``.
         teacher_cache: A folder that `hetkd.Distiller.cache_teacher` made: the teacher is not run.
         returns: How often a run that diverges (a loss or weight that is NaN or Inf) goes back to its last
-            checkpoint, and on from there with another order of the data; 0 ends it with an error. In one
-            process only.
+            checkpoint, and on from there with another order of the data; 0 ends it with an error.
+        teacher_placement: ``"device"``; ``"sharded"`` over all processes, or ``"offloaded"`` to main memory, for
+            teachers that do not fit: their blocks come to the device one after another as they run. They stay so.
     """
 
     batch_size: int = 64
@@ -83,11 +85,13 @@ class TrainingOptions:
     checkpoint_steps: int | None = None
     checkpoint_minutes: float | None = 10.0
     keep_last: int = 2
+    keep_best: bool = False
     progress: bool = True
     log_every: int = 10
     trackers: Sequence[Any] = ()
     teacher_cache: str | Path | None = None
     returns: int = 0
+    teacher_placement: str = "device"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "log_every", "keep_last", "checkpoint_steps"):
@@ -110,6 +114,7 @@ class TrainingOptions:
             )
         self._check_trackers()
         choice("unreadable", self.unreadable, ["error", "skip"])
+        choice("teacher_placement", self.teacher_placement, ["device", "sharded", "offloaded"])
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema={self.ema} must be between 0 and 1, for example 0.9999.")
         if not 0 <= self.label_smoothing < 1:

@@ -30,10 +30,10 @@ def pack_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 def unpack_optimizer(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
     """Puts together what `pack_optimizer` took apart."""
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int | str, dict[str, Any]] = {}
     for key, value in {**tensors, **values["rest"]}.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        of, name = key.rsplit(".", 1)
+        state.setdefault(int(of) if of.isdecimal() else of, {})[name] = value
     groups = [
         {name: tuple(value) if name == "betas" else value for name, value in group.items()}
         for group in values["param_groups"]

@@ -41,7 +41,7 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def sample_seed(seed: int, epoch: int, index: int) -> int:
+def sample_seed(seed: int | tuple[int, ...], epoch: int, index: int) -> int:
     """Returns the seed, of 64 bits, of everything random about one image of an epoch."""
     digest = hashlib.blake2b(repr((seed, epoch, index)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -2,18 +2,25 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SAVE_AND_STOP = ("SIGINT", "SIGTERM")
-SAVE_AND_GO_ON = ("SIGUSR1",)
+import torch
+
+from hetkd.distributed import largest_of_processes
+
+SIGNALS = ("SIGUSR1", "SIGTERM", "SIGINT")
+"""Those that are heeded; of several in several processes the last of these counts."""
+_ONE_KEYSTROKE = 1.0
+"""Seconds within which a second SIGINT is the first one, passed on by a launcher."""
 
 
 class Signals:
     """Remembers a signal until the step is done and the checkpoint written.
 
     SIGINT (Ctrl-C) and SIGTERM stop the run after a checkpoint, SIGUSR1 only asks for one. A second
-    SIGINT stops at once.
+    SIGINT stops at once. A signal that one of several processes gets counts for all.
 
     Args:
         enabled: False leaves the signals as they are; so does a thread other than the main one.
@@ -21,11 +28,12 @@ class Signals:
 
     def __init__(self, *, enabled: bool) -> None:
         self.received: str | None = None
+        self._received_at = 0.0
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        names = (*SAVE_AND_STOP, *SAVE_AND_GO_ON) if self._enabled else ()
+        names = SIGNALS if self._enabled else ()
         for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             self._before[number] = signal.signal(number, self._remember)
         return self
@@ -38,9 +46,19 @@ class Signals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if name == self.received == "SIGINT":
+        if name == self.received == "SIGINT" and time.monotonic() - self._received_at > _ONE_KEYSTROKE:
             raise KeyboardInterrupt
-        self.received = name
+        self.received, self._received_at = name, time.monotonic()
+
+    def agree(self, device: torch.device) -> None:
+        """Makes a signal to one process one to all; all call it at the same point.
+
+        Args:
+            device: Where the processes exchange tensors.
+        """
+        number = 0 if self.received is None else 1 + SIGNALS.index(self.received)
+        number = largest_of_processes(number, device)
+        self.received = SIGNALS[number - 1] if number else None
 
     def obey(self) -> None:
         """Stops the run if a signal asked for it, now that the checkpoint is written.

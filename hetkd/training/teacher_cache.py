@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 
 from hetkd.files import checksum, write_atomically, write_json
 from hetkd.methods import Method
+from hetkd.tap import RecordedTeacher
 from hetkd.training.data import TensorImages, TransformedImages
 from hetkd.training.random_state import sample_seed
 
@@ -60,6 +61,11 @@ class TeacherCache:
     def _expected_shards(self) -> set[str]:
         return {name for name, _, _ in shards(self.about["samples"], self.about["views"])}
 
+    @property
+    def teachers(self) -> list[RecordedTeacher]:
+        """What is known of the teachers without their weights."""
+        return [RecordedTeacher.from_json(str(self.path), values) for values in self.about["teachers"]]
+
     def verify(self) -> None:
         """Reads everything once and compares checksums.
 
@@ -82,7 +88,7 @@ class TeacherCache:
             "samples": len(dataset),
             "method": _encoding(distiller.method),
             "stages": _stages(distiller),
-            "teacher": [fingerprint_model(teacher) for teacher in distiller.teachers],
+            "teacher": fingerprint_teachers(distiller),
             "data": fingerprint_data(dataset),
         }
         for name, value in expected.items():
@@ -196,7 +202,8 @@ def write_cache(
         "samples": len(dataset),
         "method": _encoding(distiller.method),
         "stages": _stages(distiller),
-        "teacher": [fingerprint_model(teacher) for teacher in distiller.teachers],
+        "teacher": fingerprint_teachers(distiller),
+        "teachers": _recorded_teachers(distiller),
         "data": fingerprint_data(dataset),
         "shards": {},
     }
@@ -273,6 +280,22 @@ def fingerprint_model(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def fingerprint_teachers(distiller: Distiller) -> list[str]:
+    """Returns the digest of each teacher."""
+    teachers = [tap for role, tap in distiller.taps.items() if role != "student"]
+    return [tap.fingerprint or fingerprint_model(tap.model) for tap in teachers]
+
+
+def _recorded_teachers(distiller: Distiller) -> list[dict[str, Any]]:
+    teachers = [tap for role, tap in distiller.taps.items() if role != "student"]
+    recorded = [
+        RecordedTeacher("", tap.title, digest, tap.spec, tap.size, tap.classes, tap.pooled, tuple(tap.stages))
+        for tap, digest in zip(teachers, fingerprint_teachers(distiller), strict=True)
+    ]
+    values: list[dict[str, Any]] = json.loads(json.dumps([teacher.to_json() for teacher in recorded]))
+    return values
 
 
 def fingerprint_data(dataset: TransformedImages | TensorImages) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hetkd.distributed import largest_of_processes
 from hetkd.training.checkpoint import CHECKPOINTS, RunFolder
 
 
@@ -36,11 +37,12 @@ class Terms:
         """Returns the newest terms.
 
         Raises:
-            TrainingDiverged: If a term was NaN or Inf since the last reading.
+            TrainingDiverged: If a term was NaN or Inf since the last reading, in any process.
         """
         if self.pending:
-            values = torch.stack([terms for _, _, terms in self.pending]).cpu().double()
-            self._check(values)
+            stacked = torch.stack([terms for _, _, terms in self.pending])
+            values = stacked.cpu().double()
+            self._check(values, stacked.device)
             for row in values:  # one by one, so that it does not matter when they are read
                 self.sums = row.clone() if self.sums is None else self.sums + row
             self.count += len(values)
@@ -48,16 +50,18 @@ class Terms:
             self.pending = []
         return self.newest
 
-    def _check(self, values: Tensor) -> None:
+    def _check(self, values: Tensor, device: torch.device) -> None:
         bad = (~values.isfinite()).nonzero()
-        if not len(bad):
+        if not largest_of_processes(int(len(bad) > 0), device):
             return
-        row, column = bad[0].tolist()
+        row, column = bad[0].tolist() if len(bad) else (0, 0)
         epoch, step, _ = self.pending[row]
+        what = f"the loss term {self.names[column]!r} is {values[row, column].item()}"
+        if not len(bad):
+            what = "a loss term of another process is NaN or Inf"
         kept = "" if self.folder is None else f" The last good checkpoint is in {self.folder.path / CHECKPOINTS}."
         raise TrainingDiverged(
-            f"the loss term {self.names[column]!r} is {values[row, column].item()} at epoch {epoch + 1}, step {step}: "
-            f"try a lower lr, clip_grad=1.0, or mixed_precision='no'.{kept}"
+            f"{what} at epoch {epoch + 1}, step {step}: try a lower lr, clip_grad=1.0, or mixed_precision='no'.{kept}"
         )
 
     def means(self, accelerator: Any) -> dict[str, float]:

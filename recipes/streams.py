@@ -1,0 +1,139 @@
+"""Training and validation from streams: Hugging Face datasets that are not downloaded first, and WebDataset shards."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from hetkd.training.random_state import sample_seed, seeded
+
+SHUFFLED = 2048
+
+
+def open_streams(data: str) -> dict[str, Any]:
+    """Opens the streams ``"train"`` and ``"val"`` of ``hf:NAME`` or ``wds:FOLDER``.
+
+    The shards of a WebDataset are the folder's ``*train*.tar`` and ``*val*.tar``, with members KEY.jpg (or png, webp)
+    and KEY.cls.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise SystemExit(f"--data {data!r} as a stream needs Hugging Face's datasets: pip install datasets.") from None
+    kind, _, name = data.partition(":")
+    if kind == "hf":
+        found = datasets.load_dataset(name, streaming=True)
+        val = next((found[split] for split in ("validation", "test", "val") if split in found), None)
+        if "train" not in found or val is None:
+            raise SystemExit(f"--data {data!r} has the splits {list(found)}; it needs train and validation or test.")
+        return {"train": found["train"], "val": val}
+    shards = {split: sorted(str(path) for path in Path(name).glob(f"*{split}*.tar")) for split in ("train", "val")}
+    for split, files in shards.items():
+        if not files:
+            raise SystemExit(f"--data {data!r} has no shards *{split}*.tar.")
+    return {
+        split: datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True)
+        for split, files in shards.items()
+    }
+
+
+class StreamLoader:
+    """A loader of batches of uint8 images and labels from a stream; every process reads its own share, once.
+
+    Args:
+        stream: A ``datasets.IterableDataset`` of images and labels.
+        transform: From a PIL image to a tensor.
+        batch_size: Images a batch.
+        workers: Processes that load, at most one a shard.
+        seed: Of what is random in the transform, or ``None``.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        transform: Callable[[Any], torch.Tensor],
+        *,
+        batch_size: int,
+        workers: int,
+        seed: int | None = None,
+    ) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        # Of the launcher's, since Accelerate's own state depends on options that fit knows.
+        rank, self.processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.batch_size = batch_size
+        share = split_dataset_by_node(stream, rank, self.processes)
+        self.samples = _Samples(share, transform, None if seed is None else (seed, rank))
+        self.loader = DataLoader(self.samples, batch_size=batch_size, num_workers=min(workers, stream.num_shards))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+class TrainingStream(StreamLoader):
+    """The same for training: shuffled, and with as many steps in all processes.
+
+    A process whose share ends early starts it again. What is random about a sample is a pure function of seed, epoch,
+    process and place in the stream, so that a run resumes exactly.
+
+    Args:
+        stream: As for `StreamLoader`; so are the other arguments.
+        images: Of an epoch, of all processes together.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        transform: Callable[[Any], torch.Tensor],
+        *,
+        batch_size: int,
+        workers: int,
+        images: int,
+        seed: int,
+    ) -> None:
+        shuffled = stream.shuffle(seed=seed, buffer_size=SHUFFLED)
+        super().__init__(shuffled, transform, batch_size=batch_size, workers=workers, seed=seed)
+        self.steps = images // (batch_size * self.processes)
+        if not self.steps:
+            raise SystemExit(f"{images} training images are no batch of {batch_size} for each process.")
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch that order and randomness depend on."""
+        self.samples.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        whole = (batch for _ in itertools.count() for batch in self.loader if len(batch[0]) == self.batch_size)
+        return itertools.islice(whole, self.steps)
+
+
+class _Samples(IterableDataset[Any]):
+    def __init__(self, stream: Any, transform: Callable[[Any], torch.Tensor], seed: tuple[int, int] | None) -> None:
+        self.stream, self.transform, self.seed, self.epoch = stream, transform, seed, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.stream.set_epoch(self.epoch)
+        worker = get_worker_info()
+        reader = 0 if worker is None else worker.id
+        for number, sample in enumerate(self.stream):
+            image, label = _image_and_class(sample)
+            if self.seed is None:
+                yield self.transform(image), label
+                continue
+            with seeded(sample_seed((*self.seed, reader), self.epoch, number)):
+                transformed = self.transform(image)
+            yield transformed, label
+
+
+def _image_and_class(sample: dict[str, Any]) -> tuple[Any, int]:
+    image = next((sample[key] for key in ("image", "img", "jpg", "jpeg", "png", "webp") if key in sample), None)
+    label = next((sample[key] for key in ("label", "fine_label", "cls") if key in sample), None)
+    if image is None or label is None:
+        raise SystemExit(f"a sample has the keys {sorted(sample)}; it needs an image and a label.")
+    return image, int(label)
