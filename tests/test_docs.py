@@ -76,6 +76,11 @@ def test_other_trainers(index, small_world):
     assert load_file("student.safetensors")["fc.weight"].shape[0] == 10
 
 
+@pytest.mark.parametrize("index", list(range(len(snippets("docs/many-processes.md")))))
+def test_many_processes(index, small_world):
+    run(snippets("docs/many-processes.md")[index])
+
+
 def test_readme_names_everything_that_exists():
     readme = (REPOSITORY / "README.md").read_text()
     index = (REPOSITORY / "docs" / "methods" / "README.md").read_text()
