@@ -12,7 +12,8 @@ from hetkd import CE, KD, SFKD, UHKD, FeatureMethod, Features, Method, Stage, St
 from hetkd.methods.base import make_method, method_options, methods
 from hetkd.methods.ds2s import DS2S
 from hetkd.methods.matching import ChannelReduction, correlation_loss, infonce, standardize_batch, standardize_sample
-from hetkd.spectral import dwt2, idwt2
+from hetkd.methods.uhkd import spectrum_per_pixel
+from hetkd.spectral import dwt2, idwt2, low_frequencies
 
 SFKD_OPTIONS = [
     {},
@@ -85,6 +86,39 @@ def test_sfkd_is_zero_where_features_are_equal(options):
     feature_terms = {k: v for k, v in method(x, method.encode(x)).items() if k.startswith("sfkd")}
     assert len(feature_terms) == 2
     assert all(term.abs() < 1e-4 for term in feature_terms.values())
+
+
+@pytest.mark.parametrize("grids", [((14, 14), (7, 7)), ((7, 7), (14, 14)), ((28, 28), (14, 7))])
+@pytest.mark.parametrize(
+    "options", [{}, {"ds2s": "lite", "wavelet": "db2"}, {"levels": 1}, {"levels": 0}, {"ds2s": None, "levels": 2}]
+)
+def test_sfkd_by_matrices_equals_its_steps_one_by_one(grids, options):
+    teacher, student = grids
+    pair = StagePair(Stage("t", 24, *teacher), Stage("s", 12, *student))
+    method = bound(SFKD(**options), [pair])
+    for parameter in method.parameters():  # away from the identity
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x, y = torch.randn(4, 12, *student), torch.randn(4, 24, *teacher)
+    keep, grid = method._keeps[0], method._grids[0]
+    expected = low_frequencies(method.refined_feature(0, x), keep, half=True)
+    torch.testing.assert_close(method._refined_spectrum(0, x), expected, atol=1e-5, rtol=1e-4)
+    resampled = F.interpolate(y, grid, mode="bilinear", antialias=True)
+    torch.testing.assert_close(method.encode_stage(0, y), low_frequencies(resampled, keep, half=True))
+    projected = F.interpolate(F.conv2d(x, method.project[0].weight), grid, mode="bilinear", antialias=True)
+    refine = method.refine[0]
+    if isinstance(refine, DS2S):
+        projected = idwt2(refine(dwt2(projected, method.wavelet, method._levels[0])), method.wavelet)
+    torch.testing.assert_close(method.refined_feature(0, x), projected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", UHKD_OPTIONS)
+def test_uhkd_mixes_coefficients_as_it_would_mix_pixels(options):
+    pair = StagePair(Stage("t", 24, 14, 14), Stage("s", 12, 7, 9))
+    align, x = bound(UHKD(**options), [pair]).align[0], torch.randn(4, 12, 7, 9)
+    pixels = align.mix(align.layers(x))
+    keep = align.gain.shape[1]
+    expected = align.compress(spectrum_per_pixel(pixels, keep)) * (1 + align.gain) + align.bias
+    torch.testing.assert_close(align(x), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", UHKD_OPTIONS[:5])

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetkd.spectral import Bands, real_fourier_basis
-from hetkd.spectral.precision import separable
 
 LITE_RANK = 4
 _KERNEL = 3
@@ -63,12 +62,16 @@ class DS2S(nn.Module):
 
     def forward(self, bands: Bands) -> Bands:
         """Returns refined bands of the same shapes."""
-        groups = [self._within_bands(index, x) for index, x in enumerate(_to_groups(bands))]
+        return to_bands(self.refined(to_groups(bands)))
+
+    def refined(self, groups: list[Tensor]) -> list[Tensor]:
+        """Refines bands that are stacked by their grids; see `to_groups`."""
+        groups = [self._within_bands(index, x) for index, x in enumerate(groups)]
         if self.exchange is not None:
             groups = self._across_bands(groups, self.exchange())
         if self.balance is not None:
             groups = self.balance(groups)
-        return _to_bands(groups)
+        return groups
 
     def _within_bands(self, index: int, x: Tensor) -> Tensor:
         refined = x
@@ -84,16 +87,12 @@ class DS2S(nn.Module):
         counts = [x.shape[2] for x in groups]
         rows = shares.split(counts, dim=1)
         return [
-            x
-            + sum(
-                torch.einsum("bdshw,dts->bdthw", _resample(other, x), share)
-                for other, share in zip(groups, row.split(counts, dim=2), strict=True)
-            )
+            x + sum(_share(other, x, share) for other, share in zip(groups, row.split(counts, dim=2), strict=True))
             for x, row in zip(groups, rows, strict=True)
         ]
 
 
-def _to_groups(bands: Bands) -> list[Tensor]:
+def to_groups(bands: Bands) -> list[Tensor]:
     """Stacks bands of one grid: ``[B, D, bands, h, w]``, finest first, the low band with the coarsest."""
     low = bands.low.unsqueeze(2)
     if not bands.details:
@@ -101,9 +100,21 @@ def _to_groups(bands: Bands) -> list[Tensor]:
     return [*bands.details[:-1], torch.cat([low, bands.details[-1]], dim=2)]
 
 
-def _to_bands(groups: list[Tensor]) -> Bands:
+def to_bands(groups: list[Tensor]) -> Bands:
+    """Takes the stacks of `to_groups` apart again."""
     low, coarsest = groups[-1][:, :, 0], groups[-1][:, :, 1:]
     return Bands(low, (*groups[:-1], coarsest) if coarsest.shape[2] else ())
+
+
+def _share(x: Tensor, like: Tensor, share: Tensor) -> Tensor:
+    """Mixes bands ``[B, D, s, h, w]`` by ``[D, t, s]`` and brings them to another grid, in the cheaper order."""
+    if x.shape[-2] > like.shape[-2]:
+        return _mix(_resample(x, like), share)
+    return _resample(_mix(x, share), like)
+
+
+def _mix(x: Tensor, share: Tensor) -> Tensor:
+    return (share @ x.flatten(3)).unflatten(3, x.shape[3:])
 
 
 def _resample(x: Tensor, like: Tensor) -> Tensor:
@@ -135,28 +146,27 @@ class ChannelWeights(nn.Module):
 class SpectralGate(nn.Module):
     """Multiplies a band's Fourier spectrum by a learnable real gate, even in both frequencies.
 
-    Done in a real Fourier basis (`hetkd.spectral.real_fourier_basis`): two small matrix products
+    Done in a real Fourier basis (`hetkd.spectral.real_fourier_basis`) of the whole band: one matrix product
     each way, no complex numbers. What is returned is the change only, zero at the start.
     """
 
     def __init__(self, channels: int, bands: int, size: tuple[int, int], rank: int | None) -> None:
         super().__init__()
         self.gate = ChannelWeights(channels, (bands, size[0] // 2 + 1, size[1] // 2 + 1), rank)
-        for name, side in (("row", size[0]), ("column", size[1])):
-            basis, frequency = real_fourier_basis(side)
-            self.register_buffer(f"{name}_basis", basis, persistent=False)
-            self.register_buffer(f"{name}_frequency", frequency, persistent=False)
+        (rows, row_frequency), (columns, column_frequency) = (real_fourier_basis(side) for side in size)
+        # For the few pixels of a band, one product is faster than one for rows and one for columns.
+        self.register_buffer("basis", torch.kron(rows, columns), persistent=False)
+        index = row_frequency[:, None] * (size[1] // 2 + 1) + column_frequency
+        self.register_buffer("frequency", index.flatten(), persistent=False)
 
-    row_basis: Tensor
-    row_frequency: Tensor
-    column_basis: Tensor
-    column_frequency: Tensor
+    basis: Tensor
+    frequency: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, D, bands, h, w]`` to the gate's contribution, of the same shape."""
-        gate = self.gate()[:, :, self.row_frequency][..., self.column_frequency]
-        rows, columns = self.row_basis.to(x.dtype), self.column_basis.to(x.dtype)
-        return separable(separable(x, rows, columns) * gate, rows.T, columns.T)
+        gate = self.gate().flatten(2)[..., self.frequency]
+        basis = self.basis.to(x.dtype)
+        return ((x.flatten(3) @ basis.T) * gate @ basis).unflatten(3, x.shape[3:])
 
 
 class BandBalance(nn.Module):

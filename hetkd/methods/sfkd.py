@@ -3,16 +3,21 @@
 Only the paper's abstract is public knowledge here; the internals are this project's own reading of it.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
+from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetkd.adapter import StagePair
 from hetkd.grid import common_grid, to_grid
 from hetkd.methods.base import not_negative, register_method, whole_number
-from hetkd.methods.ds2s import DS2S
+from hetkd.methods.ds2s import DS2S, to_bands, to_groups
 from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
+from hetkd.methods.linear import LinearMap
 from hetkd.methods.matching import (
     TARGET_EPS,
     ChannelReduction,
@@ -148,8 +153,43 @@ class SFKD(FeatureMethod):
             aligning_projection(p.student.channels, min(p.teacher.channels, self.width)) for p in pairs
         )
         self.refine = nn.ModuleList(self._refinement(index, pair) for index, pair in enumerate(pairs))
+        self._make_linear_maps(pairs)
         for index, (grid, keep) in enumerate(zip(self._grids, self._keeps, strict=True)):
             self.register_buffer(f"window{index}", half_plane_window(grid, keep, self.sigma), persistent=False)
+
+    def _make_linear_maps(self, pairs: Sequence[StagePair]) -> None:
+        """Makes what GFFL needs of wavelets and spectra: all but the refinement is linear, and fixed."""
+        self.teacher_spectra, self.splits, self.spectra = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for index, pair in enumerate(pairs if self.loss == "gffl" else ()):
+            to_spectrum = partial(self._spectrum, index)
+            self.teacher_spectra.append(LinearMap(to_spectrum, pair.teacher.grid))
+            start = pair.student.grid if self._aligns_first(index, pair.student.grid) else self._grids[index]
+            if isinstance(self.refine[index], nn.Identity):
+                self.splits.append(nn.ModuleList([LinearMap(to_spectrum, start)]))
+                self.spectra.append(nn.ModuleList([nn.Identity()]))
+                continue
+            groups = self._bands(index, torch.zeros(1, 1, *start))
+            parts = [partial(self._group, index, number) for number in range(len(groups))]
+            self.splits.append(nn.ModuleList(LinearMap(part, start) for part in parts))
+            merges = [partial(self._spectrum_of_group, index, number) for number in range(len(groups))]
+            sizes = [tuple(x.shape[2:]) for x in groups]
+            self.spectra.append(
+                nn.ModuleList(LinearMap(merge, size) for merge, size in zip(merges, sizes, strict=True))
+            )
+
+    def _spectrum(self, index: int, x: Tensor) -> Tensor:
+        return low_frequencies(to_grid(x, self._grids[index]), self._keeps[index], half=True)
+
+    def _bands(self, index: int, x: Tensor) -> list[Tensor]:
+        return to_groups(dwt2(to_grid(x, self._grids[index]), self.wavelet, self._levels[index]))
+
+    def _group(self, index: int, number: int, x: Tensor) -> Tensor:
+        return self._bands(index, x)[number]
+
+    def _spectrum_of_group(self, index: int, number: int, group: Tensor) -> Tensor:
+        groups = [x.new_zeros(len(group), *x.shape[1:]) for x in self._bands(index, group.new_zeros(1, 1, 1, 1))]
+        groups[number] = group
+        return self._spectrum(index, idwt2(to_bands(groups), self.wavelet))
 
     def _levels_of(self, pair: StagePair) -> int:
         if self.levels is not None:
@@ -191,14 +231,14 @@ class SFKD(FeatureMethod):
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Returns the teacher's spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis; no GFFL: its map)."""
-        coefficients = self._coefficients(index, to_grid(x, self._grids[index]))
-        return self._representation(self.reduce[index](coefficients))
+        x = self.teacher_spectra[index](x) if self.loss == "gffl" else to_grid(x, self._grids[index])
+        return self._representation(self.reduce[index](x))
 
     def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the loss between the refined student feature and the target."""
-        student = self._representation(self._coefficients(index, self.refined_feature(index, x)))
         if self.loss == "gffl":
-            return self._gffl(index, student, target)
+            return self._gffl(index, self._representation(self._refined_spectrum(index, x)), target)
+        student = self._representation(self.refined_feature(index, x))
         if self.normalize == "batch":
             student, target = standardize_batch(student), standardize_batch(target, eps=TARGET_EPS)
         return infonce(student, target) if self.loss == "infonce" else F.mse_loss(student, target)
@@ -212,14 +252,31 @@ class SFKD(FeatureMethod):
 
     def refined_feature(self, index: int, x: Tensor) -> Tensor:
         """Returns the student's aligned, refined and recombined feature ``[B, D, G, G]``."""
-        aligned = self.project[index](to_grid(x, self._grids[index]))
+        aligned = to_grid(self._aligned(index, x), self._grids[index])
         refine = self.refine[index]
         if isinstance(refine, nn.Identity):
             return aligned
         return idwt2(refine(dwt2(aligned, self.wavelet, self._levels[index])), self.wavelet)
 
-    def _coefficients(self, index: int, x: Tensor) -> Tensor:
-        return low_frequencies(x, self._keeps[index], half=True) if self.loss == "gffl" else x
+    def _refined_spectrum(self, index: int, x: Tensor) -> Tensor:
+        """Returns the low frequencies of `refined_feature`, without making it."""
+        aligned = self._aligned(index, x)
+        groups = [split(aligned) for split in cast(nn.ModuleList, self.splits[index])]
+        refine = self.refine[index]
+        if isinstance(refine, DS2S):
+            groups = refine.refined(groups)
+        spectra = cast(nn.ModuleList, self.spectra[index])
+        parts: list[Tensor] = [spectrum(group) for spectrum, group in zip(spectra, groups, strict=True)]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def _aligned(self, index: int, x: Tensor) -> Tensor:
+        """Projects the student's map where there are fewer pixels: on its own grid, or on the common one."""
+        x = x if self._aligns_first(index, (x.shape[-2], x.shape[-1])) else to_grid(x, self._grids[index])
+        aligned: Tensor = self.project[index](x)
+        return aligned
+
+    def _aligns_first(self, index: int, native: tuple[int, int]) -> bool:
+        return math.prod(native) <= math.prod(self._grids[index])
 
     def _representation(self, x: Tensor) -> Tensor:
         if self.loss == "gffl" and self.spectrum == "amplitude":

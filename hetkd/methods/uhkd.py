@@ -4,13 +4,15 @@ Only the paper's abstract is public knowledge here; the internals are this proje
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import StagePair
+from hetkd.adapter import Stage, StagePair
 from hetkd.methods.base import register_method, whole_number
 from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
+from hetkd.methods.linear import LinearMap
 from hetkd.methods.matching import (
     TARGET_EPS,
     ChannelReduction,
@@ -102,9 +104,13 @@ class UHKD(FeatureMethod):
         super().bind(pairs)
         self._keeps = [kept_frequencies(self.keep, p, min(*p.teacher.grid, *p.student.grid)) for p in pairs]
         self.reduce = nn.ModuleList(ChannelReduction(p.teacher.channels, self.width, self.reduction) for p in pairs)
+        self.teacher_spectra = nn.ModuleList(
+            LinearMap(partial(spectrum_per_pixel, keep=keep), pair.teacher.grid)
+            for pair, keep in zip(pairs, self._keeps, strict=True)
+        )
         self.align = nn.ModuleList(
-            FAM(p.student.channels, min(p.teacher.channels, self.width), keep, self)
-            for p, keep in zip(pairs, self._keeps, strict=True)
+            FAM(pair.student, min(pair.teacher.channels, self.width), keep, self)
+            for pair, keep in zip(pairs, self._keeps, strict=True)
         )
         for index, keep in enumerate(self._keeps):
             self.register_buffer(
@@ -121,7 +127,7 @@ class UHKD(FeatureMethod):
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Returns the teacher's compressed spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
-        return self.compress(self.reduce[index](spectrum_per_pixel(x, self._keeps[index])))
+        return self.compress(self.reduce[index](self.teacher_spectra[index](x)))
 
     def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the mean squared error between FAM's output and the standardised target."""
@@ -147,25 +153,35 @@ class FAM(nn.Module):
     """Feature Alignment Module: the student's map to compressed frequency coefficients of the teacher's width.
 
     Args:
-        channels: C of the student.
+        stage: Of the student: its C channels, its grid.
         width: D, the channels to compare.
         keep: K, frequencies kept per axis.
         method: Says how spectra are compressed.
     """
 
-    def __init__(self, channels: int, width: int, keep: int, method: UHKD) -> None:
+    def __init__(self, stage: Stage, width: int, keep: int, method: UHKD) -> None:
         super().__init__()
-        self.keep, self.compress = keep, method.compress
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, width, kernel_size=1), nn.GroupNorm(1, width), nn.GELU(), nn.Conv2d(width, width, 1)
-        )
+        self.compress = method.compress
+        self.spectrum = LinearMap(partial(spectrum_per_pixel, keep=keep), stage.grid)
+        self.layers = nn.Sequential(nn.Conv2d(stage.channels, width, kernel_size=1), nn.GroupNorm(1, width), nn.GELU())
+        self.mix = nn.Conv2d(width, width, kernel_size=1)
+        constant = spectrum_per_pixel(torch.ones(1, 1, *stage.grid), keep)[0]
+        self.register_buffer("constant", constant, persistent=False)
         parts = (2,) if method.spectrum == "complex" else ()
         self.gain = nn.Parameter(torch.zeros(width, keep, keep // 2 + 1, *(1 for _ in parts)))
         self.bias = nn.Parameter(torch.zeros(width, keep, keep // 2 + 1, *parts))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, C, h, w]`` to ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
-        return self.compress(spectrum_per_pixel(self.layers(x), self.keep)) * (1 + self.gain) + self.bias
+        return self.compress(self._mixed(self.spectrum(self.layers(x)))) * (1 + self.gain) + self.bias
+
+    def _mixed(self, spectrum: Tensor) -> Tensor:
+        """Applies the second convolution, which commutes with the spectrum, to its few coefficients."""
+        assert self.mix.bias is not None
+        mixed = (self.mix.weight.flatten(1) @ spectrum.flatten(2)).unflatten(2, spectrum.shape[2:])
+        return mixed + self.mix.bias[:, None, None, None] * self.constant
+
+    constant: Tensor
 
 
 def spectrum_per_pixel(x: Tensor, keep: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetkd.names import unknown_name
-from hetkd.spectral.precision import at_least_float32, full_precision, separable
+from hetkd.spectral.precision import at_least_float32, constant_when_compiled, full_precision, separable
 
 
 class Bands(NamedTuple):
@@ -86,7 +86,7 @@ def list_wavelets() -> list[str]:
     return [name for name in pywt.wavelist(kind="discrete") if pywt.Wavelet(name).orthogonal]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def check_wavelet(name: str) -> None:
     """Raises ValueError, with the nearest names, unless ``name`` is an orthogonal wavelet."""
     if name != "haar" and name not in _orthogonal_wavelets():
@@ -141,7 +141,7 @@ def _analysis(wavelet: str, size: int, like: Tensor) -> Tensor:
     return _constant_matrix(wavelet, size).to(like)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _constant_matrix(wavelet: str, size: int) -> Tensor:
     return _analysis_matrix(wavelet, size)
 

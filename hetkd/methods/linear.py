@@ -1,0 +1,31 @@
+"""Chains of linear transforms of small maps as one matrix product."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class LinearMap(nn.Module):
+    """A fixed linear function of maps, applied as one matrix: its values at unit impulses.
+
+    Resampling, a wavelet transform, its inverse and low frequencies are linear; on the few pixels of a common
+    grid, one product with the matrix of all of them costs less than any one of them alone.
+
+    Args:
+        function: From ``[N, 1, *size]`` to ``[N, 1, *result]``, linear, without parameters.
+        size: Of a map.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], size: tuple[int, ...]) -> None:
+        super().__init__()
+        values = function(torch.eye(math.prod(size), dtype=torch.float64).unflatten(1, (1, *size)))
+        self.size, self.result = size, tuple(values.shape[2:])
+        self.register_buffer("matrix", values.flatten(1).float(), persistent=False)
+
+    matrix: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, D, *size]`` to ``[B, D, *result]``."""
+        return (x.flatten(2) @ self.matrix.to(x.dtype)).unflatten(2, self.result)

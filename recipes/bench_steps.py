@@ -1,0 +1,237 @@
+"""Training steps of all methods and of other libraries, against the price of the two models alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timing import compare, now, peak_memory, take_turns
+from torch import Tensor, nn
+
+from hetkd import SFKD, Distiller, Method, list_methods, load_model
+from hetkd.methods.feature import count_parameters
+
+PIXELS, CLASSES = 224, 1000
+PAIRS = {
+    "vit_small->resnet18": ("vit_small_patch16_224", "resnet18"),
+    "swin_tiny->resnet18": ("swin_tiny_patch4_window7_224", "resnet18"),
+    "swin_tiny->mobilenetv2": ("swin_tiny_patch4_window7_224", "mobilenetv2_100"),
+    "convnext_tiny->deit_tiny": ("convnext_tiny", "deit_tiny_patch16_224"),
+    "mixer_b->resnet18": ("mixer_b16_224", "resnet18"),
+}
+FLOOR = "floor"
+LITE = "sfkd lite"
+PEERS = ("timm.task logits", "timm.task features", "torchdistill kd")
+METHODS = [*sorted(set(list_methods()) - {"ce"}), LITE]
+SMALL = ["kd", "uhkd", "sfkd", LITE, *PEERS]
+SMALL_PAIRS = ["vit_small->resnet18", "swin_tiny->mobilenetv2"]
+
+
+class Pair(NamedTuple):
+    """What all contenders work on."""
+
+    teacher: nn.Module
+    student: nn.Module
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Contender:
+    """One way to train.
+
+    Attributes:
+        step: Forward of both models, loss, backward, update.
+        modules: What lives in memory meanwhile, optimizers included.
+        added_parameters: That are learnt beside the student.
+        distiller: Of hetkd's methods.
+    """
+
+    step: Callable[[], Any]
+    modules: list[Any] = field(default_factory=list)
+    added_parameters: int = 0
+    distiller: Distiller | None = None
+
+
+def bench_pair(
+    name: str, methods: Iterable[str], batch_size: int, repeats: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Measures all methods on one pair of models, in turns with the floor.
+
+    Returns:
+        One row a method.
+    """
+    pair = make_pair(name, batch_size, device)
+    contenders = {FLOOR: floor(pair)}
+    for method in methods:
+        if method == "torchdistill kd" and not has_torchdistill():
+            continue
+        contenders[method] = contender(method, pair)
+    times = take_turns({method: each.step for method, each in contenders.items()}, repeats, device)
+    memory = {method: peak_of(each, pair, device) for method, each in contenders.items()}
+    rows = []
+    for method, each in contenders.items():
+        ratio, quartiles = compare(times[method], times[FLOOR])
+        seconds = sorted(times[method])[len(times[method]) // 2]
+        rows.append(
+            {
+                "pair": name,
+                "method": method,
+                "ratio": ratio,
+                "ratio_quartiles": quartiles,
+                "memory_ratio": memory[method] / memory[FLOOR],
+                "added_parameters": each.added_parameters,
+                "images_per_second": batch_size / seconds,
+                "phases": {} if each.distiller is None else phases(each.distiller, pair, device),
+            }
+        )
+    return rows
+
+
+def make_pair(name: str, batch_size: int, device: torch.device) -> Pair:
+    """Builds untrained models, which cost what trained ones do, and a batch of random images."""
+    torch.manual_seed(0)
+    teacher, student = (load_model(model, pretrained=False).to(device) for model in PAIRS[name])
+    images = torch.rand(batch_size, 3, PIXELS, PIXELS, device=device)
+    labels = torch.randint(CLASSES, (batch_size,), device=device)
+    return Pair(teacher.eval().requires_grad_(False), student.train(), images, labels)
+
+
+def floor(pair: Pair) -> Contender:
+    """The forward of the teacher, and forward, backward and update of the student, on images ready for both."""
+    student = copy.deepcopy(pair.student)
+    optimizer = make_optimizer(student)
+
+    def step() -> None:
+        with torch.no_grad():
+            pair.teacher(pair.images)
+        F.cross_entropy(student(pair.images), pair.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contender(step, [student, optimizer])
+
+
+def contender(name: str, pair: Pair) -> Contender:
+    """Makes a method of hetkd or of another library."""
+    pair = pair._replace(student=copy.deepcopy(pair.student))
+    if name in PEERS:
+        return {PEERS[0]: timm_logits, PEERS[1]: timm_features, PEERS[2]: torchdistill_kd}[name](pair)
+    method: str | Method = SFKD(ds2s="lite") if name == LITE else name
+    distiller = Distiller(pair.teacher, pair.student, method).train()
+    optimizer = make_optimizer(distiller)
+
+    def step() -> None:
+        distiller(pair.images, pair.labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contender(step, [distiller, optimizer], count_parameters(distiller.method), distiller)
+
+
+def timm_logits(pair: Pair) -> Contender:
+    """Makes a step of timm's logit distillation."""
+    from timm.task import LogitDistillationTask
+
+    return of_timm(LogitDistillationTask(pair.student, pair.teacher, verbose=False, device=pair.images.device), pair)
+
+
+def timm_features(pair: Pair) -> Contender:
+    """Makes a step of timm's distillation of the pooled feature."""
+    from timm.task import FeatureDistillationTask
+
+    return of_timm(FeatureDistillationTask(pair.student, pair.teacher, verbose=False, device=pair.images.device), pair)
+
+
+def of_timm(task: Any, pair: Pair) -> Contender:
+    """Makes a step of a task of timm."""
+    optimizer = make_optimizer(task.trainable_module)
+
+    def step() -> None:
+        task(pair.images, pair.labels)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    task.train()
+    added = count_parameters(task.trainable_module) - count_parameters(pair.student)
+    return Contender(step, [task.trainable_module, optimizer], added)
+
+
+def has_torchdistill() -> bool:
+    """Says whether torchdistill is installed (``pip install ".[bench]"``)."""
+    try:
+        import torchdistill  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def torchdistill_kd(pair: Pair) -> Contender:
+    """Makes a step of torchdistill's knowledge distillation, by its own box and optimizer."""
+    from torchdistill.core.distillation import DistillationBox
+
+    logging.getLogger("torchdistill").setLevel(logging.WARNING)
+    outputs = {f"{role}_module_{what}" for role in ("student", "teacher") for what in ("path", "io")}
+    places = {name: "." if name.endswith("path") else "output" for name in outputs}
+    hooks: dict[str, Any] = {"input": [], "output": []}
+    model = {"forward_proc": "forward_batch_only", "sequential": [], "forward_hook": hooks, "wrapper": None}
+    loss = {"key": "KDLoss", "kwargs": {**places, "temperature": 1.0, "alpha": 0.5}}
+    settings = {
+        "num_epochs": 1,
+        "teacher": {**model, "requires_grad": False, "frozen_modules": []},
+        "student": model,
+        "optimizer": {"key": "AdamW", "kwargs": {"lr": 1e-3}},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": loss, "weight": 1.0}}}},
+    }
+    box = DistillationBox(pair.teacher, pair.student, {}, settings, pair.images.device, None, False, 1)
+    pair.teacher.eval()
+
+    def step() -> None:
+        box.post_forward_process(box.forward_process(pair.images, targets=pair.labels, supp_dict=None))
+
+    return Contender(step, [pair.student, box.optimizer])
+
+
+def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
+    """Makes the same optimizer for everyone."""
+    return torch.optim.AdamW((p for p in module.parameters() if p.requires_grad), lr=1e-3)
+
+
+def peak_of(each: Contender, pair: Pair, device: torch.device) -> int:
+    """Returns the peak of memory of a step, with the weights of both models and the optimizer's moments."""
+    return peak_memory(each.step, device, *each.modules, pair.teacher, pair.images)
+
+
+def phases(distiller: Distiller, pair: Pair, device: torch.device, repeats: int = 3) -> dict[str, float]:
+    """Returns where the milliseconds of a step go; the parts run one after another, without the update."""
+    method = distiller.method
+    teachers = [tap for role, tap in distiller.taps.items() if role != "student"]
+    student = distiller.taps["student"]
+    best: dict[str, float] = {}
+    for _ in range(repeats):
+        marks = [now(device)]
+        with torch.no_grad():
+            for tap in (*teachers, student):
+                tap.prepare(pair.images)
+            marks.append(now(device))
+            features = [tap.run(pair.images) for tap in teachers]
+            marks.append(now(device))
+            targets = method.encode(*features)
+        marks.append(now(device))
+        outputs = student.run(pair.images)
+        marks.append(now(device))
+        terms = method(outputs, targets, pair.labels)
+        loss = torch.stack(list(terms.values())).sum()
+        marks.append(now(device))
+        loss.backward()
+        marks.append(now(device))
+        distiller.zero_grad()
+        names = ("input transforms", "teacher", "encode", "student", "method", "backward")
+        for name, start, end in zip(names, marks, marks[1:], strict=False):
+            best[name] = min(best.get(name, float("inf")), 1e3 * (end - start))
+    return best
