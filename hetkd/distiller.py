@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.adapter import Features, StagePair, both_classifiers
+from hetkd.compiling import blocks, compile_parts, warn_if_inert
 from hetkd.distributed import world_size
 from hetkd.inputs import Normalization, check_images, check_labels
 from hetkd.methods import Combined, Method, MultiTeacher, make_method
@@ -127,6 +128,7 @@ class Distiller(nn.Module):
         self._bind(stages)
         self.plan = self._make_plan()
         self._looked_at_values = False
+        self._compiled_anew = False
         self.to(self._student.device)  # what was made here follows models that were on their device before
 
     def _bind(self, stages: Sequence[StageChoice] | None) -> None:
@@ -263,7 +265,28 @@ class Distiller(nn.Module):
         terms = self.method(student, targets or {}, labels)
         if not terms:
             raise ValueError("there is nothing to learn from: no labels, and the method has no term without them.")
+        if self._compiled_anew:
+            self._compiled_anew = False
+            warn_if_inert()
         return DistillerOutput(torch.stack(list(terms.values())).sum(), terms, student.logits, teacher_logits)
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the blocks of the teachers and of the student, and the method, in place.
+
+        Block by block, what taps features between blocks keeps working, and equal blocks share one compilation.
+        Evaluation, DDP and saved weights see nothing of it. It takes a minute before the first step; whether it pays
+        depends on the device (``docs/performance.md``).
+
+        Args:
+            **options: Of ``torch.compile``: ``mode``, ``dynamic``, ``backend``, ...
+
+        Warns:
+            RuntimeWarning: If a model has no blocks, or, after the first step, if nothing was compiled.
+        """
+        teachers = [tap for tap in self._teachers if not isinstance(tap, RecordedTap)]
+        models = {tap.role: blocks(tap.model) for tap in (*teachers, self._student)}
+        compile_parts({**models, "method": [self.method]}, options)
+        self._compiled_anew = True
 
     def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
         """Returns the logits ``[B, classes]`` of the student for raw images.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
+import random
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import compare, now, peak_memory, take_turns
+from timing import now, peak_memory
 from torch import Tensor, nn
 
 from hetkd import SFKD, Distiller, Method, list_methods, load_model
@@ -72,25 +74,54 @@ def bench_pair(
         if method == "torchdistill kd" and not has_torchdistill():
             continue
         contenders[method] = contender(method, pair)
-    times = take_turns({method: each.step for method, each in contenders.items()}, repeats, device)
+    times = measure_in_turns({method: each.step for method, each in contenders.items()}, repeats, device)
     memory = {method: peak_of(each, pair, device) for method, each in contenders.items()}
     rows = []
     for method, each in contenders.items():
-        ratio, quartiles = compare(times[method], times[FLOOR])
-        seconds = sorted(times[method])[len(times[method]) // 2]
+        seconds, ratios = times[method]
+        low, ratio, high = statistics.quantiles(ratios, n=4)
         rows.append(
             {
                 "pair": name,
                 "method": method,
                 "ratio": ratio,
-                "ratio_quartiles": quartiles,
+                "ratio_quartiles": f"{low:.3f} to {high:.3f}",
                 "memory_ratio": memory[method] / memory[FLOOR],
                 "added_parameters": each.added_parameters,
-                "images_per_second": batch_size / seconds,
+                "images_per_second": batch_size / statistics.median(seconds),
                 "phases": {} if each.distiller is None else phases(each.distiller, pair, device),
             }
         )
     return rows
+
+
+def measure_in_turns(
+    steps: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Times steps, each between two of the floor, in another order in every round.
+
+    Returns:
+        Seconds of each step, and their ratios to the mean of the floors before and after, without the first round.
+    """
+    generator = random.Random(0)
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
+    for round_ in range(repeats + 1):
+        before = seconds_of(steps[FLOOR], device)
+        for name in generator.sample(list(steps), len(steps)):
+            seconds = seconds_of(steps[name], device)
+            after = seconds_of(steps[FLOOR], device)
+            if round_:
+                found[name][0].append(seconds)
+                found[name][1].append(2 * seconds / (before + after))
+            before = after
+    return found
+
+
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Returns the seconds of one call."""
+    start = now(device)
+    function()
+    return now(device) - start
 
 
 def make_pair(name: str, batch_size: int, device: torch.device) -> Pair:
@@ -231,7 +262,7 @@ def phases(distiller: Distiller, pair: Pair, device: torch.device, repeats: int 
         loss.backward()
         marks.append(now(device))
         distiller.zero_grad()
-        names = ("input transforms", "teacher", "encode", "student", "method", "backward")
+        names = ("input transforms", "teacher", "encode", "student", "losses", "backward")
         for name, start, end in zip(names, marks, marks[1:], strict=False):
             best[name] = min(best.get(name, float("inf")), 1e3 * (end - start))
     return best

@@ -159,6 +159,16 @@ def with_deepspeed(out: Path) -> None:
     torch.save({"ddp": ddp, "deepspeed": deepspeed}, out.with_name(f"{out.stem}-{os.environ['RANK']}.pt"))
 
 
+def compiled() -> dict:
+    """Returns what a run made whose models and method are compiled, as far as that goes without a C++ compiler."""
+    original = Distiller.compile
+    Distiller.compile = lambda self: original(self, backend="eager")
+    try:
+        return training(compile=True)
+    finally:
+        Distiller.compile = original
+
+
 def main(out: Path) -> None:
     accelerator = Accelerator(cpu=True)
     folder = out.with_name(f"{out.stem}-runs")
@@ -178,6 +188,7 @@ def main(out: Path) -> None:
             "stopped": stopped(folder / "stopped"),
             "undisturbed": training(augment=AtStep(0, broken)),
             "sharded": sharded(folder / "sharded"),
+            "compiled": compiled(),
         }
     torch.save(results, out.with_name(f"{out.stem}-{PartialState().process_index}.pt"))
     PartialState().wait_for_everyone()

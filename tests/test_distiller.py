@@ -12,11 +12,13 @@ from conftest import batch, tiny_cnn, tiny_vit
 from safetensors import safe_open
 from test_adapters import HUGGING_FACE, OwnCNN, hugging_face
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForImageClassification, BitImageProcessor, ViTImageProcessor
 
 import hetkd
 from hetkd import SFKD, Distiller, load_model
 from hetkd.adapter import find_classifier
+from hetkd.compiling import blocks, compile_parts
 from hetkd.inputs import InputTransform, input_spec
 
 NAMES = [
@@ -329,3 +331,36 @@ def test_version():
 def test_own_module_as_teacher_and_student():
     d = Distiller(OwnCNN(), OwnCNN(), "uhkd", input_size={"teacher": 64, "student": 32})
     check_step(d, *batch(), terms_at_least=4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which PyTorch's compiler itself looks at
+@pytest.mark.parametrize("method", ["kd", "uhkd", "sfkd"])
+def test_compiled_parts_give_the_same_losses_gradients_and_predictions(method):
+    torch._dynamo.reset()
+    counters.clear()
+    plain = Distiller(tiny_vit(), tiny_cnn(), method, input_size=32)
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="eager")
+    images, labels = batch(6)
+    expected, found = plain.train()(images, labels), compiled.train()(images, labels)
+    assert counters["stats"]["unique_graphs"] > 3
+    assert not counters["graph_break"]
+    torch.testing.assert_close(found.terms, expected.terms)
+    for output in (expected, found):
+        output.loss.backward()
+    gradients = [{name: p.grad for name, p in d.named_parameters() if p.grad is not None} for d in (plain, compiled)]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-3)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(compiled.eval().predict(images), plain.eval().predict(images))
+
+
+def test_compiling_without_effect_is_said():
+    torch._dynamo.reset()
+    counters.clear()
+    distiller = Distiller(tiny_vit(), tiny_cnn(), "kd", input_size=32)
+    distiller.compile()
+    with torch.compiler.set_stance("force_eager"), pytest.warns(RuntimeWarning, match="compile had no effect"):
+        distiller(*batch(4))
+    flat = nn.Linear(12, 10)
+    with pytest.warns(RuntimeWarning, match="leaves the student as it is"):
+        compile_parts({"student": blocks(flat)}, {})

@@ -79,6 +79,12 @@ def test_a_teacher_elsewhere_teaches_the_same(one_and_two, placement):
         assert_same(results[f"teacher {placement}"], results["training"], tolerance=1e-5)
 
 
+def test_a_compiled_student_learns_the_same(one_and_two):
+    _, (first, second) = one_and_two
+    for results in (first, second):
+        assert_same(results["compiled"], first["training"], tolerance=1e-5)
+
+
 def test_a_student_that_is_sharded_learns_the_same_and_resumes(one_and_two):
     _, (first, second) = one_and_two
     assert_same(first["sharded"]["whole"], first["training"], tolerance=1e-5)

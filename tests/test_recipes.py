@@ -68,18 +68,80 @@ def test_quickstart(tmp_path):
     assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_bench(tmp_path):
+def test_bench_of_runs(tmp_path):
     import bench
+    import bench_runs
 
     short = bench.parse_arguments(["tap", "--repeats", "2", "--batch-size", "4"])
-    row = bench.bench_tap("timm:test_resnet", torch.device("cpu"), short)
+    row = bench_runs.bench_tap("timm:test_resnet", torch.device("cpu"), short)
     assert row["plain_ms"] > 0
     assert 0 < row["ratio"] < 5
     assert row["memory_ratio"] >= 1
-    row = bench.bench_loop("kd", torch.device("cpu"), short)
+    row = bench_runs.bench_loop("kd", torch.device("cpu"), short)
     assert 0 < row["fit_images_per_second"] == row["ratio"] * row["step_images_per_second"]
-    row = bench.bench_cache("kd", torch.device("cpu"), short)
+    row = bench_runs.bench_cache("kd", torch.device("cpu"), short)
     assert row["cached_ratio"] > 0
+
+
+def test_bench_of_steps(tmp_path, monkeypatch, capsys):
+    import bench
+    import bench_steps
+
+    for module in (bench, bench_steps):
+        monkeypatch.setattr(module, "PAIRS", {"tiny": ("test_vit", "test_resnet")})
+    monkeypatch.setattr(bench_steps, "PIXELS", 160)
+    methods = ["kd", "sfkd", "sfkd lite", "timm.task logits", "timm.task features", "torchdistill kd"]
+    words = ["--pairs", "tiny", "--methods", *methods, "--repeats", "2", "--batch-size", "2"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--json", str(tmp_path / "rows.json")])
+    bench.main()
+    rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows.keys() >= {"floor", *methods[:-1]}, "torchdistill is optional"
+    for row in rows.values():
+        assert row["pair"] == "tiny"
+        assert row["ratio"] > 0
+        assert row["memory_ratio"] > 0.9
+        assert row["images_per_second"] > 0
+    assert (
+        rows["sfkd"]["added_parameters"] > rows["sfkd lite"]["added_parameters"] > rows["kd"]["added_parameters"] == 0
+    )
+    assert rows["sfkd"]["phases"].keys() == {"input transforms", "teacher", "encode", "student", "losses", "backward"}
+    assert "timm.task features" in capsys.readouterr().out
+
+
+def test_bench_of_parts(monkeypatch):
+    import bench_parts
+
+    monkeypatch.setattr(bench_parts, "CHANNELS", 4)
+    rows = bench_parts.bench_transforms(2, 2, torch.device("cpu"))
+    assert [row["transform"] for row in rows][:2] == ["low_frequencies", "to_grid"]
+    assert all(row["ms"] > 0 for row in rows)
+    with_levels = [row for row in bench_parts.bench_growth(1, torch.device("cpu")) if row["varies"] == "levels"]
+    assert {row["method"] for row in with_levels} == {"sfkd", "sfkd lite"}
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_transforms_that_are_compared_are_equal(index):
+    import bench_parts
+
+    _, ours, name, plain = list(bench_parts.transforms(torch.device("cpu")))[index]
+    x = torch.randn(2, bench_parts.CHANNELS, 16, 16)
+    if "rfft2" not in name:  # whose gates are not even
+        torch.testing.assert_close(ours(x), plain(x), atol=1e-4, rtol=1e-4)
+
+
+def test_peak_memory_counts_what_is_alive():
+    from timing import peak_memory
+
+    x, linear = torch.zeros(1000, 1000), torch.nn.Linear(1000, 1000, bias=False)
+
+    def chain() -> None:
+        first = x + 1
+        second = first + 1
+        del first
+        _ = second + 1
+
+    assert peak_memory(chain, torch.device("cpu"), x) == 3 * 4_000_000
+    assert peak_memory(lambda: linear(x).sum(), torch.device("cpu"), x, linear) == pytest.approx(12_000_000, rel=1e-3)
 
 
 def test_coverage(tmp_path):

@@ -61,6 +61,7 @@ FREE_SETTINGS = {
     "keep_best",
     "returns",
     "teacher_placement",
+    "compile",
     "trackers",
     "unreadable",
 }
@@ -154,6 +155,8 @@ class _Run:
             momentum=options.momentum,
         )
         self.model, self.optimizer = prepare(self.distiller, optimizer, accelerator, self.batch_size)
+        if options.compile:
+            self.distiller.compile()
         self._check_last_batch(train_loader)
         self.train = self._prepared(train_loader)
         self.val = None if val_loader is None else self._prepared(val_loader)

@@ -57,6 +57,7 @@ class TrainingOptions:
             checkpoint, and on from there with another order of the data; 0 ends it with an error.
         teacher_placement: ``"device"``; ``"sharded"`` over all processes, or ``"offloaded"`` to main memory, for
             teachers that do not fit: their blocks come to the device one after another as they run. They stay so.
+        compile: Call `hetkd.Distiller.compile` before the first step.
     """
 
     batch_size: int = 64
@@ -92,6 +93,7 @@ class TrainingOptions:
     teacher_cache: str | Path | None = None
     returns: int = 0
     teacher_placement: str = "device"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "log_every", "keep_last", "checkpoint_steps"):

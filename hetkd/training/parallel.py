@@ -14,14 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hetkd.adapter import eval_mode
+from hetkd.compiling import blocks
 from hetkd.training.options import TrainingOptions
 from hetkd.training.teacher_cache import fingerprint_model
 
 if TYPE_CHECKING:
     from hetkd.distiller import Distiller
 
-_BLOCK_SHARE = 0.01
-"""Blocks with less of a model's weights than this are sharded with what is around them."""
 _FORWARD_METHODS = ("forward_intermediates", "forward_features", "forward_head")
 """What adapters call beside ``forward``."""
 
@@ -131,20 +130,11 @@ def place_teachers(distiller: Distiller, placement: str, accelerator: Any) -> No
         if role == "student" or tap.fingerprint is not None:
             continue
         tap.fingerprint = fingerprint_model(tap.model)
-        for block in (*_blocks(tap.model), tap.model):
+        for block in (*blocks(tap.model), tap.model):
             fully_shard(block, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         for method in _FORWARD_METHODS:
             if hasattr(tap.model, method):
                 register_fsdp_forward_method(tap.model, method)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the elements of a model's lists and sequences of modules that hold much of it, inner ones first."""
-    least = _BLOCK_SHARE * sum(p.numel() for p in model.parameters())
-    containers = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-    children = dict.fromkeys(child for container in containers for child in container)
-    big = [child for child in children if sum(p.numel() for p in child.parameters()) >= max(least, 1)]
-    return [block for block in reversed(big) if not isinstance(block, (nn.ModuleList, nn.Sequential))]
 
 
 def prepare(
@@ -168,7 +158,7 @@ def copy_for_sharding(distiller: Distiller) -> Distiller:
     memo: dict[int, Any] = {id(tap): tap for role, tap in distiller.taps.items() if role != "student"}
     sharded = copy.deepcopy(distiller, memo)
     # Where Accelerate's wrapping policy looks for the blocks of a transformer.
-    sharded._no_split_modules = sorted({type(block).__name__ for block in _blocks(distiller.student)})  # type: ignore[assignment]
+    sharded._no_split_modules = sorted({type(block).__name__ for block in blocks(distiller.student)})  # type: ignore[assignment]
     return sharded
 
 
