@@ -96,17 +96,21 @@ def to_grid(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if x.shape[-2:] == size:
         return x
-    rows, columns = (_resampling(old, new).to(x) for old, new in zip(x.shape[-2:], size, strict=True))
+    rows, columns = (_resampling(old, new, x.dtype, x.device) for old, new in zip(x.shape[-2:], size, strict=True))
     return separable(x, rows, columns)
 
 
 @constant_when_compiled
+def _resampling(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _resampling_matrix(old, new, dtype, device)
+
+
 @lru_cache(maxsize=64)
-def _resampling(old: int, new: int) -> Tensor:
+def _resampling_matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns the matrix ``[new, old]`` of the interpolation; applied as such it is three times faster on a CPU."""
-    lines = torch.eye(old)[:, None, None, :]
+    lines = torch.eye(old, dtype=torch.float64)[:, None, None, :]
     resampled = F.interpolate(lines, size=(1, new), mode="bilinear", align_corners=False, antialias=True)
-    return resampled[:, 0, 0].T.contiguous()
+    return resampled[:, 0, 0].T.contiguous().to(device, dtype)
 
 
 def common_grid(first: tuple[int, int], second: tuple[int, int], multiple: int, largest: int = 16) -> tuple[int, int]:

@@ -73,7 +73,8 @@ class Tap:
         self.listed = self.stages  # of the adapter, without those that the user adds
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names: list[str] = []
-        self.fingerprint: str | None = None  # of weights that are not all here, and stay where they are
+        self.placement = "device"  # or where the weights are instead, where they stay
+        self.fingerprint: str | None = None  # of weights that are not all here
 
     def _dry_run(self) -> Probe:
         """Finds the stages, and the channels of the images where the model's first layer does not tell."""
@@ -163,7 +164,11 @@ class Tap:
 
     def run(self, images: Tensor) -> Features:
         """Runs the model once on raw images ``[B, C, H, W]``; maps come in the order of `select`."""
-        features = self.adapter.run(self.model, self.prepare(images), self._distinct)
+        return self.run_prepared(self.prepare(images))
+
+    def run_prepared(self, images: Tensor) -> Features:
+        """Does the same for what `prepare` returned."""
+        features = self.adapter.run(self.model, images, self._distinct)
         if len(features.maps) != len(self._distinct):
             raise RuntimeError(
                 f"adapter {type(self.adapter).__name__} returned {len(features.maps)} feature maps for the stages "
@@ -178,7 +183,7 @@ class Tap:
 
     def to(self, device: torch.device) -> None:
         """Moves model and input transform; the dtype stays."""
-        if self.fingerprint is None:
+        if self.placement == "device":
             self.model.to(device)
         self.inputs.to(device)
 
@@ -194,7 +199,7 @@ class RecordedTap(Tap):
         self.why_no_stages = "" if self.stages else "the cached teacher yields no feature map"
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names = []
-        self.fingerprint = recorded.fingerprint
+        self.placement, self.fingerprint = "cache", recorded.fingerprint
 
     @property
     def title(self) -> str:

@@ -105,6 +105,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args(words)
+    if arguments.repeats is not None and arguments.repeats < 2:
+        parser.error("--repeats must be at least 2, for a spread.")
     small, steps = arguments.small, arguments.what == "steps"
     arguments.pairs = arguments.pairs or (SMALL_PAIRS if small else list(PAIRS))
     arguments.methods = arguments.methods or (SMALL if small else [*METHODS, *PEERS])

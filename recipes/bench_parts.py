@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ptwt
 import torch
 import torch.nn.functional as F
 from timing import compare, take_turns
@@ -46,6 +45,8 @@ def bench_transforms(batch: int, repeats: int, device: torch.device) -> list[dic
 
 def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], Any], str, Callable[[Tensor], Any]]]:
     """Yields our transforms of ``[B, 256, 16, 16]`` beside plain versions."""
+    import ptwt
+
     first = GRID // 2 - KEEP // 2
 
     def cropped_fft(x: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], A
     at_once = LinearMap(spectrum_of_resampled, (GRID, GRID)).to(device)
     half = GRID // 2  # bands of the first level, the largest that are gated
     gate = SpectralGate(CHANNELS, 4, (half, half), None).to(device)
-    weights = torch.zeros(CHANNELS, 4, half, half // 2 + 1, device=device, requires_grad=True)
+    torch.nn.init.normal_(gate.gate.weight)
+    folded = [min(row, half - row) for row in range(half)]
 
     def as_bands(x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], 4, half, half)
@@ -81,7 +83,7 @@ def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], A
         "SpectralGate",
         lambda x: gate(as_bands(x)),
         "torch.fft.rfft2, irfft2",
-        lambda x: torch.fft.irfft2(torch.fft.rfft2(as_bands(x)) * weights, s=(half, half)),
+        lambda x: torch.fft.irfft2(torch.fft.rfft2(as_bands(x)) * gate.gate.weight[:, :, folded], s=(half, half)),
     )
     yield "resampling and spectrum at once", at_once, "one after the other", spectrum_of_resampled
 

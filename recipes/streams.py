@@ -68,7 +68,7 @@ class StreamLoader:
         self.batch_size = batch_size
         share = split_dataset_by_node(stream, rank, self.processes)
         self.samples = _Samples(share, transform, None if seed is None else (seed, rank))
-        self.loader = DataLoader(self.samples, batch_size=batch_size, num_workers=min(workers, stream.num_shards))
+        self.loader = DataLoader(self.samples, batch_size=batch_size, num_workers=min(workers, share.num_shards))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.loader)
@@ -109,8 +109,20 @@ class TrainingStream(StreamLoader):
         self.samples.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
-        whole = (batch for _ in itertools.count() for batch in self.loader if len(batch[0]) == self.batch_size)
-        return itertools.islice(whole, self.steps)
+        return itertools.islice(self._whole_batches(), self.steps)
+
+    def _whole_batches(self) -> Iterator[Any]:
+        while True:
+            found = 0
+            for batch in self.loader:
+                if len(batch[0]) == self.batch_size:
+                    found += 1
+                    yield batch
+            if not found:
+                raise SystemExit(
+                    f"no loading process has {self.batch_size} images, a whole batch: use a smaller --batch-size or "
+                    "fewer --workers."
+                )
 
 
 class _Samples(IterableDataset[Any]):

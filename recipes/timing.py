@@ -55,13 +55,14 @@ def peak_memory(function: Callable[[], Any], device: torch.device, *held: Any) -
     Args:
         function: What is measured.
         device: Where it computes.
-        *held: Modules, optimizers and tensors that were there before and count as well (a GPU counts all there is).
+        *held: Modules, optimizers and tensors that were there before and count as well; nothing else does.
     """
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in _tensors(held)}
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
-        return torch.cuda.max_memory_allocated(device)
-    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in _tensors(held)}
+        return sum(storages.values()) + torch.cuda.max_memory_allocated(device) - before
     with _AliveTensors(set(storages)) as alive:
         function()
     return sum(storages.values()) + alive.peak

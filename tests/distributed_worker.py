@@ -14,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from conftest import tiny_norm_free, tiny_vit
+from torch.distributed.fsdp import FSDPModule
 
 from hetkd import Distiller
 from hetkd.training import TrainingDiverged, loop
@@ -69,7 +70,11 @@ def training(method: str = "sfkd", options: dict | None = None, *, labels: bool 
     distiller = make(method, options or {})
     train = data() if labels else data()[0]
     result = distiller.fit(train, data(), **{"epochs": 1, **SETTINGS, **settings})
-    return {**result.history[-1], "weights": {name: p.detach() for name, p in distiller.student.named_parameters()}}
+    return {
+        **result.history[-1],
+        "weights": {name: p.detach() for name, p in distiller.student.named_parameters()},
+        "sharded_teacher": [type(p.data).__name__ for p in distiller.teacher.parameters()].count("DTensor"),
+    }
 
 
 @contextmanager
@@ -127,23 +132,40 @@ def diverging(folder: Path) -> dict:
     return {"message": message, "returned": returned}
 
 
-def stopped(folder: Path) -> dict:
+def stopped(folder: Path, **settings) -> dict:
     """Returns what a run made that was stopped by a signal to one process, and resumed."""
     status = 0
     try:
-        training(augment=AtStep(1, told(signal.SIGTERM)), output_dir=folder)
+        training(augment=AtStep(1, told(signal.SIGTERM)), output_dir=folder, **settings)
     except SystemExit as error:
         status = error.code
     checkpoints = [path.name for path in (folder / "checkpoints").iterdir()]
-    resumed = training(augment=AtStep(0, broken), output_dir=folder, resume=True)
+    resumed = training(augment=AtStep(0, broken), output_dir=folder, resume=True, **settings)
     return {"status": status, "checkpoints": checkpoints, "resumed": resumed}
 
 
 def sharded(folder: Path) -> dict:
     """Returns what a run made whose student FSDP shards, and one that was stopped and resumed."""
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False)
-    with configuration(DistributedType.FSDP, fsdp_plugin=plugin):
-        return {"whole": training(augment=AtStep(0, broken)), **stopped(folder)}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    units = []
+    with configuration(DistributedType.FSDP, fsdp_plugin=plugin), watched(units):
+        return {"whole": training(augment=AtStep(0, broken)), **stopped(folder), "units": units}
+
+
+@contextmanager
+def watched(units: list[str]):
+    """Notes the modules of a prepared model that FSDP shards by themselves."""
+
+    def prepare(*arguments):
+        model, optimizer = original(*arguments)
+        units.extend(type(module).__name__ for module in model.modules() if isinstance(module, FSDPModule))
+        return model, optimizer
+
+    original, loop.prepare = loop.prepare, prepare
+    try:
+        yield
+    finally:
+        loop.prepare = original
 
 
 def with_deepspeed(out: Path) -> None:
@@ -186,6 +208,7 @@ def main(out: Path) -> None:
         results |= {
             "diverging": diverging(folder / "diverging"),
             "stopped": stopped(folder / "stopped"),
+            "stopped, too": stopped(folder / "stopped-too", checkpoint_steps=1, log_every=100),
             "undisturbed": training(augment=AtStep(0, broken)),
             "sharded": sharded(folder / "sharded"),
             "compiled": compiled(),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision.models
 from conftest import batch, tiny_cnn, tiny_vit
 from safetensors.torch import load_file
@@ -496,6 +497,15 @@ def test_tokens_to_map_drops_prefix_tokens_and_keeps_order():
         tokens_to_map(tokens, (64, 64), 16)
     with pytest.raises(ValueError, match="do not form a grid"):
         tokens_to_map(torch.zeros(1, 3, 1), (16, 4800))
+
+
+@pytest.mark.parametrize("sizes", [((14, 14), (16, 16)), ((7, 9), (4, 4)), ((5, 5), (8, 3))])
+def test_to_grid_is_the_antialiased_interpolation_and_compiles(sizes):
+    x = torch.randn(2, 3, *sizes[0], dtype=torch.float64)
+    expected = F.interpolate(x, sizes[1], mode="bilinear", antialias=True)
+    torch.testing.assert_close(to_grid(x, sizes[1]), expected, atol=1e-12, rtol=1e-12)
+    compiled = torch.compile(lambda x: to_grid(x, sizes[1]), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x.float()), expected.float())
 
 
 def test_grids():

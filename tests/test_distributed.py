@@ -77,6 +77,8 @@ def test_a_teacher_elsewhere_teaches_the_same(one_and_two, placement):
     one, (two, _) = one_and_two
     for results in (one, two):
         assert_same(results[f"teacher {placement}"], results["training"], tolerance=1e-5)
+        assert results["training"]["sharded_teacher"] == 0
+        assert results[f"teacher {placement}"]["sharded_teacher"] > 10
 
 
 def test_a_compiled_student_learns_the_same(one_and_two):
@@ -88,6 +90,7 @@ def test_a_compiled_student_learns_the_same(one_and_two):
 def test_a_student_that_is_sharded_learns_the_same_and_resumes(one_and_two):
     _, (first, second) = one_and_two
     assert_same(first["sharded"]["whole"], first["training"], tolerance=1e-5)
+    assert "FSDPConvNeXtBlock" in first["sharded"]["units"], "blocks are sharded one by one"
     for results in (first, second):
         assert_same(results["sharded"]["resumed"], first["sharded"]["whole"])
 
@@ -101,9 +104,10 @@ def test_parameters_without_a_loss_do_not_hold_ddp_up(one_and_two, case):
 def test_a_signal_to_one_process_stops_all_and_the_run_resumes_exactly(one_and_two):
     _, both = one_and_two
     for results in both:
-        assert results["stopped"]["status"] == 143
-        assert results["stopped"]["checkpoints"] == ["step-000000001"]
-        assert_same(results["stopped"]["resumed"], results["undisturbed"])
+        for run in ("stopped", "stopped, too"):
+            assert results[run]["status"] == 143
+            assert results[run]["checkpoints"] == ["step-000000001"]
+            assert_same(results[run]["resumed"], results["undisturbed"])
 
 
 def test_one_process_that_diverges_ends_or_turns_back_all(one_and_two):

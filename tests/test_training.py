@@ -384,6 +384,35 @@ class TestExactResume:
         assert calls == (3 if error else 6)
         assert signal.getsignal(signal.SIGTERM) is before
 
+    def test_going_back_forgets_gradients_that_were_accumulated(self, tmp_path):
+        distiller, calls = self.make("kd"), 0
+
+        def augment(images):
+            nonlocal calls
+            calls += 1
+            return images * float("nan") if calls == 6 else images
+
+        options = {**QUIET, "epochs": 1, "batch_size": 4, "gradient_accumulation": 4, "log_every": 1}
+        result = distiller.fit(
+            bright_or_dark(64), augment=augment, output_dir=tmp_path, checkpoint_steps=4, returns=1, **options
+        )
+        assert math.isfinite(result.history[-1]["train/ce"])
+        assert calls == 6 + 12
+
+    def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(self, monkeypatch):
+        def busy(value, device):
+            signal.raise_signal(signal.SIGTERM)
+            return value
+
+        with signals.Signals(enabled=True) as heeded:
+            with monkeypatch.context() as context:
+                context.setattr(signals, "largest_of_processes", busy)
+                heeded.agree(torch.device("cpu"))
+            heeded.obey()  # nothing was agreed on yet
+            heeded.agree(torch.device("cpu"))
+            with pytest.raises(SystemExit):
+                heeded.obey()
+
     def test_the_checkpoint_of_the_best_epoch_stays_if_asked_for(self, tmp_path, monkeypatch):
         accuracies = iter([20.0, 50.0, 30.0, 40.0])
         monkeypatch.setattr(loop, "measure", lambda *_: {"top1": next(accuracies), "top5": 0.0, "loss": 1.0})

@@ -1,9 +1,10 @@
 """Chains of linear transforms of small maps as one matrix product."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -11,7 +12,7 @@ class LinearMap(nn.Module):
     """A fixed linear function of maps, applied as one matrix: its values at unit impulses.
 
     Resampling, a wavelet transform, its inverse and low frequencies are linear; on the few pixels of a common
-    grid, one product with the matrix of all of them costs less than any one of them alone.
+    grid, one product with the matrix of all of them (in float32) costs less than any one of them alone.
 
     Args:
         function: From ``[N, 1, *size]`` to ``[N, 1, *result]``, linear, without parameters.
@@ -20,12 +21,20 @@ class LinearMap(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor], size: tuple[int, ...]) -> None:
         super().__init__()
-        values = function(torch.eye(math.prod(size), dtype=torch.float64).unflatten(1, (1, *size)))
+        values = torch.cat([function(impulses).float() for impulses in _impulses(size)])
         self.size, self.result = size, tuple(values.shape[2:])
-        self.register_buffer("matrix", values.flatten(1).float(), persistent=False)
+        self.register_buffer("matrix", values.flatten(1), persistent=False)
 
     matrix: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, D, *size]`` to ``[B, D, *result]``."""
         return (x.flatten(2) @ self.matrix.to(x.dtype)).unflatten(2, self.result)
+
+
+def _impulses(size: tuple[int, ...], chunk: int = 1024) -> Iterator[Tensor]:
+    """Yields maps ``[N, 1, *size]`` that are 1 at one place and 0 elsewhere, a part of them at a time."""
+    count = math.prod(size)
+    for first in range(0, count, chunk):
+        places = torch.arange(first, min(first + chunk, count))
+        yield F.one_hot(places, count).double().unflatten(1, (1, *size))

@@ -112,7 +112,8 @@ def fit(
         raise ValueError(f"warmup_epochs={checked.warmup_epochs} is more than epochs={epochs}.")
     folder = None if output_dir is None else RunFolder(output_dir, resume=resume, keep_last=checked.keep_last)
     accelerator = make_accelerator(checked, None if folder is None else folder.path)
-    with only_used_parameters(distiller, accelerator.device):
+    # A student that FSDP is to shard may not fit on one device.
+    with only_used_parameters(distiller, torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device):
         return _Run(distiller, train, val, epochs, folder, checked, accelerator).run(resume)
 
 
@@ -144,6 +145,8 @@ class _Run:
         if self.has_labels is False:
             self._refuse_missing_labels()
         self.batch_size = getattr(train_loader, "batch_size", None) or options.batch_size
+        if accelerator.is_fsdp2 and not isinstance(val_loader, DataLoader | None):
+            raise ValueError("val must be data or a DataLoader under FSDP, whose processes evaluate in step.")
         place_teachers(distiller, options.teacher_placement, accelerator)
         if accelerator.is_fsdp2:
             self.distiller = copy_for_sharding(distiller)
@@ -154,13 +157,18 @@ class _Run:
             weight_decay=options.weight_decay,
             momentum=options.momentum,
         )
-        self.model, self.optimizer = prepare(self.distiller, optimizer, accelerator, self.batch_size)
+        self.model, self.optimizer = prepare(self.distiller, optimizer, accelerator, options, self.batch_size)
         if options.compile:
             self.distiller.compile()
         self._check_last_batch(train_loader)
         self.train = self._prepared(train_loader)
         self.val = None if val_loader is None else self._prepared(val_loader)
         self.batches = len(self.train) if hasattr(self.train, "__len__") else None
+        if self.batches is not None and not isinstance(train_loader, DataLoader):
+            # Of any other iterable Accelerate does not see the end: batches that make no whole update are left out.
+            self.batches -= self.batches % options.gradient_accumulation
+            if not self.batches:
+                raise ValueError(f"train has fewer batches than gradient_accumulation={options.gradient_accumulation}.")
         self.updates = None if self.batches is None else math.ceil(self.batches / options.gradient_accumulation)
         self.scheduler = self._make_scheduler()
         self.ema = None if options.ema is None else ModelEmaV3(distiller.student, decay=options.ema, use_warmup=True)
@@ -176,7 +184,7 @@ class _Run:
         self.best_checkpoint: int | None = None
         self.interrupted: _Interrupted | None = None
         self.returned = 0
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step, self.overdue = time.monotonic(), 0, False
 
     def _train_loader(self, train: Any) -> Iterable[Any]:
         options = self.options
@@ -258,8 +266,10 @@ class _Run:
 
     def run(self, resume: bool) -> FitResult:
         try:
-            if resume and not self.keeps_checkpoints:
-                raise ValueError("resume=True: a run under DeepSpeed has no checkpoint to go on from.")
+            if resume and not self.keeps_checkpoints and self.folder and self.folder.load_settings():
+                raise ValueError(
+                    f"resume=True, but the run in {self.result.output_dir} has no checkpoint under DeepSpeed."
+                )
             if resume:
                 self._refuse_other_settings()
                 self._restore()
@@ -282,7 +292,7 @@ class _Run:
             if self.ema is not None:
                 self.distiller.student.load_state_dict(self.ema.module.state_dict())
             if self.accelerator.is_fsdp2:
-                self.whole.load_state_dict(unsharded_weights(self.model, everywhere=True))
+                self.whole.load_state_dict(unsharded_weights(self.model))
         finally:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             for tracker in self.accelerator.trackers:
@@ -382,7 +392,7 @@ class _Run:
         set_seed(seed, device_specific=True)
         self.model.train()
         part, self.interrupted = self.interrupted or _Interrupted(), None
-        terms = Terms(self.folder, part.sums, part.count)
+        terms = Terms(self.folder, part.names, part.sums, part.count)
         images_seen, since, step = part.images, time.perf_counter() - part.seconds, part.step
         for step, (images, labels, targets) in enumerate(self._batches(epoch, part.step), start=part.step + 1):
             if part.random is not None:  # as it was after the last step before the interruption
@@ -400,7 +410,9 @@ class _Run:
                 terms.read()
                 self._refuse_broken_weights(epoch)
                 seconds = time.perf_counter() - since
-                self._save_checkpoint(epoch, _Interrupted(step, images_seen, seconds, terms.sums, terms.count))
+                self._save_checkpoint(
+                    epoch, _Interrupted(step, images_seen, seconds, terms.names, terms.sums, terms.count)
+                )
                 self.signals.obey()
         if step == 0:
             raise ValueError("train is empty: its loader yields no batch.")
@@ -420,17 +432,16 @@ class _Run:
 
     def _is_due(self, step: int) -> bool:
         """Says, alike in all processes, whether a checkpoint is to be written after this step."""
-        if not (self.keeps_checkpoints and self.accelerator.sync_gradients):  # accumulated gradients are not kept
+        if not self.keeps_checkpoints:
             return False
-        every = self.options.checkpoint_steps
-        if every is not None and self.steps % every == 0:
-            return True
-        if self.accelerator.num_processes > 1 and step % self.options.log_every:
-            return False
-        self.signals.agree(self.device)
-        minutes = self.options.checkpoint_minutes
-        overdue = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        return self.signals.received is not None or bool(largest_of_processes(int(overdue), self.device))
+        every, minutes = self.options.checkpoint_steps, self.options.checkpoint_minutes
+        by_steps = every is not None and self.steps - self.saved_step >= every
+        if by_steps or self.accelerator.num_processes == 1 or step % self.options.log_every == 0:
+            self.signals.agree(self.device)
+            overdue = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+            self.overdue = bool(largest_of_processes(int(overdue), self.device))
+        is_due = by_steps or self.overdue or self.signals.agreed is not None
+        return is_due and bool(self.accelerator.sync_gradients)  # accumulated gradients are not kept
 
     def _batches(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor | None, dict[str, Tensor] | None]]:
         """Yields the batches of an epoch from number ``skip`` on, with the teacher's targets if they are cached."""
@@ -467,14 +478,14 @@ class _Run:
             dataset.start_epoch(order)
         if hasattr(self.train, "set_epoch"):
             self.train.set_epoch(order)
-        if not skip:
+        if not skip and isinstance(self.train, DataLoader):
             return self.train
         # Of these, what a batch holds depends on nothing before it.
         if isinstance(dataset, (TransformedImages, TensorImages)):
             rest = skip_first_batches(self.train, skip)
             rest.set_epoch(order)
             return rest
-        return itertools.islice(self.train, skip, None)
+        return itertools.islice(self.train, skip, self.batches)
 
     def _step(
         self,
@@ -509,9 +520,7 @@ class _Run:
         if self.folder is None:
             return
         if self.accelerator.is_fsdp2:
-            weights = unsharded_weights(self.model, everywhere=False)
-            if self.accelerator.is_main_process:
-                self.whole.load_state_dict(weights)
+            self.whole.load_state_dict(unsharded_weights(self.model))
             student = self.whole.student
         if self.accelerator.is_main_process:
             if is_best:
@@ -545,6 +554,7 @@ class _Run:
                 "step": part.step,
                 "images": part.images,
                 "seconds": part.seconds,
+                "names": part.names,
                 "count": part.count,
                 "steps": self.steps,
                 "update": self.update,
@@ -559,7 +569,7 @@ class _Run:
             keep = self.best_checkpoint if self.options.keep_best else None
             self.folder.save_checkpoint(self.steps, tensors, json.loads(json.dumps(values, default=str)), keep)
         self.accelerator.wait_for_everyone()
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step, self.overdue = time.monotonic(), self.steps, False
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the state dicts of distiller and optimizer; of a sharded one whole, in the first process."""
@@ -587,6 +597,9 @@ class _Run:
         if self.ema is not None:
             self.ema.module.load_state_dict(without_prefix("ema.", saved.tensors))
         self.first_epoch, self.update, self.steps = values["epoch"], values["update"], values["steps"]
+        self.saved_step = self.steps
+        self.optimizer.optimizer.zero_grad()  # of steps that went wrong
+        self.accelerator.step = 0
         self.result.history, self.result.best = values["history"], values["best"]
         self.best_checkpoint = values["best_checkpoint"]
         if values["step"]:
@@ -602,6 +615,7 @@ class _Run:
             step,
             images,
             values["seconds"],
+            values["names"],
             saved.tensors["terms"],
             values["count"],
             saved.random.get(self.accelerator.process_index) if before == processes else None,
@@ -615,6 +629,7 @@ class _Interrupted:
     step: int = 0
     images: int = 0
     seconds: float = 0.0
+    names: list[str] = field(default_factory=list)
     sums: Tensor | None = None
     count: int = 0
     random: dict[str, Tensor] | None = None

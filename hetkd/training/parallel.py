@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hetkd.adapter import eval_mode
 from hetkd.compiling import blocks
+from hetkd.tap import RecordedTap
 from hetkd.training.options import TrainingOptions
 from hetkd.training.teacher_cache import fingerprint_model
 
@@ -54,6 +55,11 @@ def make_accelerator(options: TrainingOptions, folder: Path | None) -> Any:
             f"{launched} processes were launched, but this one trains with {accelerator.num_processes}: they would "
             "overwrite each other's files. Unset WORLD_SIZE, or launch with accelerate launch or torchrun."
         )
+    if accelerator.gradient_accumulation_steps != options.gradient_accumulation:
+        raise ValueError(
+            f"gradient_accumulation={options.gradient_accumulation}, but Accelerate's configuration says "
+            f"{accelerator.gradient_accumulation_steps}: set both alike."
+        )
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise ValueError("Accelerate's configuration asks for FSDP 1: set fsdp_version: 2 there.")
@@ -87,8 +93,8 @@ def only_used_parameters(distiller: Distiller, device: torch.device) -> Iterator
 
 
 def _unused_parameters(distiller: Distiller, device: torch.device) -> list[nn.Parameter]:
-    distiller.to(device)
     student = distiller.taps["student"]
+    student.to(device)
     trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
     gradients = [parameter.grad for parameter in trained]
     images = torch.rand(2, student.spec.channels, *student.size, generator=torch.Generator().manual_seed(0))
@@ -113,6 +119,9 @@ def place_teachers(distiller: Distiller, placement: str, accelerator: Any) -> No
         distiller: Its teachers stay so afterwards.
         placement: ``"sharded"``, ``"offloaded"``, or ``"device"``: nothing is done.
         accelerator: Of the run.
+
+    Raises:
+        ValueError: If an earlier run placed them elsewhere.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
@@ -127,8 +136,13 @@ def place_teachers(distiller: Distiller, placement: str, accelerator: Any) -> No
     policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=device != "cpu") if offload else OffloadPolicy()
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     for role, tap in distiller.taps.items():
-        if role == "student" or tap.fingerprint is not None:
+        if role == "student" or isinstance(tap, RecordedTap):
             continue
+        if tap.placement != "device":
+            if tap.placement != placement:
+                raise ValueError(f"teacher_placement={placement!r}, but the {role} is {tap.placement} already.")
+            continue
+        tap.placement = placement
         tap.fingerprint = fingerprint_model(tap.model)
         for block in (*blocks(tap.model), tap.model):
             fully_shard(block, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
@@ -138,23 +152,49 @@ def place_teachers(distiller: Distiller, placement: str, accelerator: Any) -> No
 
 
 def prepare(
-    distiller: Distiller, optimizer: torch.optim.Optimizer, accelerator: Any, batch_size: int
+    distiller: Distiller,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Any,
+    options: TrainingOptions,
+    batch_size: int,
 ) -> tuple[Any, Any]:
-    """Wraps or shards a distiller and its optimizer, as `accelerate.Accelerator.prepare` does."""
+    """Wraps or shards a distiller and its optimizer, as `accelerate.Accelerator.prepare` does.
+
+    Raises:
+        ValueError: If DeepSpeed's configuration contradicts the options.
+    """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     if uses_deepspeed(accelerator):
-        settings = accelerator.deepspeed_plugin.deepspeed_config
-        if settings.get("train_micro_batch_size_per_gpu", "auto") == "auto":
-            settings["train_micro_batch_size_per_gpu"] = batch_size
+        _fill_in(accelerator.deepspeed_plugin.deepspeed_config, options, batch_size)
+    if accelerator.is_fsdp2:
+        # All processes hold all weights already, and Accelerate's loading fails on buffers.
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        for tap in distiller.taps.values():
+            tap.inputs.to(accelerator.device)
+            if tap.role != "student":
+                tap.to(accelerator.device)
     model, wrapped = accelerator.prepare(distiller, optimizer)
     if accelerator.is_fsdp2:
         register_fsdp_forward_method(model, "predict")
     return model, wrapped
 
 
+def _fill_in(settings: dict[str, Any], options: TrainingOptions, batch_size: int) -> None:
+    """Fills in what DeepSpeed's configuration leaves open, before Accelerate does with figures of its own."""
+    if settings.get("train_micro_batch_size_per_gpu", "auto") == "auto":
+        settings["train_micro_batch_size_per_gpu"] = batch_size
+    clip = options.clip_grad or 0.0
+    if settings.get("gradient_clipping", "auto") == "auto":
+        settings["gradient_clipping"] = clip
+    elif options.clip_grad is not None and settings["gradient_clipping"] != clip:
+        raise ValueError(
+            f"clip_grad={clip}, but DeepSpeed's configuration has gradient_clipping={settings['gradient_clipping']}."
+        )
+
+
 def copy_for_sharding(distiller: Distiller) -> Distiller:
-    """Returns a copy to be sharded by FSDP, which changes modules for good; the teachers are shared."""
+    """Returns a copy to be sharded by FSDP, which changes modules for good; the teachers are the same."""
     memo: dict[int, Any] = {id(tap): tap for role, tap in distiller.taps.items() if role != "student"}
     sharded = copy.deepcopy(distiller, memo)
     # Where Accelerate's wrapping policy looks for the blocks of a transformer.
@@ -184,11 +224,12 @@ def load_sharded_state(
     )
 
 
-def unsharded_weights(model: nn.Module, *, everywhere: bool) -> dict[str, Any]:
-    """Gathers the state dict of a sharded model in every process, or in main memory of the first one."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def unsharded_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Gathers the state dict of a sharded model in the main memory of every process, one tensor after another."""
+    from torch.distributed.tensor import DTensor
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=not everywhere))
+    state: dict[str, Tensor] = model.state_dict()
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).cpu() for name, x in state.items()}
 
 
 def share_buffers(model: nn.Module) -> None:

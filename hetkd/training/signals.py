@@ -27,7 +27,8 @@ class Signals:
     """
 
     def __init__(self, *, enabled: bool) -> None:
-        self.received: str | None = None
+        self.received: str | None = None  # by this process
+        self.agreed: str | None = None  # by all
         self._received_at = 0.0
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
@@ -58,17 +59,19 @@ class Signals:
         """
         number = 0 if self.received is None else 1 + SIGNALS.index(self.received)
         number = largest_of_processes(number, device)
-        self.received = SIGNALS[number - 1] if number else None
+        self.agreed = SIGNALS[number - 1] if number else None
 
     def obey(self) -> None:
-        """Stops the run if a signal asked for it, now that the checkpoint is written.
+        """Stops the run if a signal that was agreed on asked for it, now that the checkpoint is written.
 
         Raises:
             KeyboardInterrupt: After SIGINT.
             SystemExit: After SIGTERM, with the exit status that the shell gives it.
         """
-        received, self.received = self.received, None
-        if received == "SIGINT":
+        agreed, self.agreed = self.agreed, None
+        if self.received == agreed:  # else another one came meanwhile
+            self.received = None
+        if agreed == "SIGINT":
             raise KeyboardInterrupt
-        if received == "SIGTERM":
+        if agreed == "SIGTERM":
             raise SystemExit(128 + signal.SIGTERM)

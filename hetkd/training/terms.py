@@ -18,13 +18,14 @@ class Terms:
 
     Args:
         folder: Of the run, for the message when it diverges.
-        sums: Sums of the terms over the steps of this epoch that are done already, if any.
+        names: Of the terms of the steps of this epoch that are done already, if any.
+        sums: Their sums over these steps.
         count: The number of these steps.
     """
 
-    def __init__(self, folder: RunFolder | None, sums: Tensor | None, count: int) -> None:
-        self.folder = folder
-        self.names: list[str] = []
+    def __init__(self, folder: RunFolder | None, names: list[str], sums: Tensor | None, count: int) -> None:
+        self.folder, self.names = folder, names
+        self.newest: dict[str, float] = {}
         self.pending: list[tuple[int, int, Tensor]] = []
         self.sums, self.count = sums, count
 
