@@ -33,7 +33,7 @@ def main() -> None:
     """Trains, compares, saves, loads again."""
     arguments = parse_arguments()
     start = time.perf_counter()
-    train, test = read_split(SUBSET, "train"), read_split(SUBSET, "t10k")
+    train, test = (tuple(x[: arguments.images] for x in read_split(SUBSET, split)) for split in ("train", "t10k"))
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     teacher = build_teacher(trained=True)
@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method", default="sfkd", choices=list_methods(), help="method of the student that is saved")
     parser.add_argument("--student", default="mobilenetv3_small_050", help="any timm model that takes one channel")
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--images", type=int, help="of each split, instead of all")
     parser.add_argument("--seeds", type=int, default=1, help="runs a method; more than one give mean and spread")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), metavar="DIR")
     arguments = parser.parse_args()

@@ -37,11 +37,11 @@ def train(folder: Path, method: str) -> None:
     teacher = timm.create_model("vit_tiny_patch16_224", **vit)
     student = timm.create_model("test_resnet", num_classes=10, drop_path_rate=0.1)
     distiller = Distiller(teacher, student, method, input_size=32)
-    images = torch.rand(96, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     distiller.fit(
-        (images, torch.arange(96) % 10),
+        (images, torch.arange(64) % 10),
         (images[:20], torch.arange(20) % 10),
-        epochs=4,
+        epochs=3,
         batch_size=8,
         output_dir=folder,
         resume=True,

@@ -504,6 +504,7 @@ def test_to_grid_is_the_antialiased_interpolation_and_compiles(sizes):
     x = torch.randn(2, 3, *sizes[0], dtype=torch.float64)
     expected = F.interpolate(x, sizes[1], mode="bilinear", antialias=True)
     torch.testing.assert_close(to_grid(x, sizes[1]), expected, atol=1e-12, rtol=1e-12)
+    torch._dynamo.reset()  # else sizes that were others before become symbols
     compiled = torch.compile(lambda x: to_grid(x, sizes[1]), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x.float()), expected.float())
 

@@ -127,19 +127,20 @@ def test_siglip2_takes_images_through_its_adapter():
 def test_efficientnet_lite0_on_imagenet_through_hetkds_own_input_transform(data_folder):
     weights = data_folder / "efficientnet_lite0" / "tf_efficientnet_lite0_timm.safetensors"
     model = load_model("tf_efficientnet_lite0", weights=weights)
-    result = Distiller(None, model, "ce").evaluate(ImageNetSamples(data_folder / "imagenet_samples_1000"))
-    assert result["top1"] == pytest.approx(87.6, abs=0.5)
-    assert result["top5"] == pytest.approx(97.1, abs=0.5)
+    # Every fourth image; on all 1,000 it is 87.6 and 97.1 %, as with timm's own transform.
+    result = Distiller(None, model, "ce").evaluate(ImageNetSamples(data_folder / "imagenet_samples_1000", step=4))
+    assert result["top1"] == pytest.approx(89.2, abs=0.5)
+    assert result["top5"] == pytest.approx(97.2, abs=0.5)
 
 
 class ImageNetSamples:
     """One image a class, from the zip file."""
 
-    def __init__(self, folder) -> None:
+    def __init__(self, folder, step: int = 1) -> None:
         self.images = zipfile.ZipFile(folder / "imagenet_samples_1000_s256.zip")
         with (folder / "labels.tsv").open() as lines:
             label_of = {row["wnid"]: int(row["index"]) for row in csv.DictReader(lines, delimiter="\t")}
-        self.samples = [(name, label_of[name.partition("_")[0]]) for name in self.images.namelist()]
+        self.samples = [(name, label_of[name.partition("_")[0]]) for name in self.images.namelist()[::step]]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -46,6 +46,8 @@ def test_quickstart(tmp_path):
         "uhkd",
         "--student",
         "test_resnet",
+        "--images",
+        "1000",
         "--output",
         "out",
         cwd=tmp_path,
@@ -78,7 +80,8 @@ def test_bench_of_runs(tmp_path):
     assert 0 < row["ratio"] < 5
     assert row["memory_ratio"] >= 1
     row = bench_runs.bench_loop("kd", torch.device("cpu"), short)
-    assert 0 < row["fit_images_per_second"] == row["ratio"] * row["step_images_per_second"]
+    assert row["fit_images_per_second"] > 0
+    assert row["ratio"] == pytest.approx(row["fit_images_per_second"] / row["step_images_per_second"])
     row = bench_runs.bench_cache("kd", torch.device("cpu"), short)
     assert row["cached_ratio"] > 0
 
@@ -103,7 +106,8 @@ def test_bench_of_steps(tmp_path, monkeypatch, capsys):
         assert row["images_per_second"] > 0
     added = {method: row["added_parameters"] for method, row in rows.items()}
     assert added["sfkd"] > added["sfkd lite"] > added["kd"] == 0
-    assert rows["sfkd"]["phases"].keys() == {"input transforms", "teacher", "encode", "student", "losses", "backward"}
+    phases = {"input transforms", "teacher", "encode", "student", "losses", "backward", "update"}
+    assert rows["sfkd"]["phases"].keys() == phases
     assert "timm.task features" in capsys.readouterr().out
 
 

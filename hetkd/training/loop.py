@@ -25,6 +25,7 @@ from hetkd.training.options import TrainingOptions
 from hetkd.training.packing import pack_optimizer, unpack_optimizer, with_prefix, without_prefix
 from hetkd.training.parallel import (
     copy_for_sharding,
+    fused_update,
     load_sharded_state,
     local_part,
     make_accelerator,
@@ -156,6 +157,7 @@ class _Run:
             lr=options.peak_lr,
             weight_decay=options.weight_decay,
             momentum=options.momentum,
+            **fused_update(options.optimizer, accelerator),
         )
         self.model, self.optimizer = prepare(self.distiller, optimizer, accelerator, options, self.batch_size)
         if options.compile:
