@@ -436,9 +436,13 @@ class Distiller(nn.Module):
         self._looked_at_values = True
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distiller:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.method.parameters()):
-            self.method.float()  # methods compute in float32 whatever the student's dtype
+        if fn(torch.zeros(())).dtype in (torch.float16, torch.bfloat16):
+            # Methods compute in float32 whatever the student's dtype; a detour by half precision would round them.
+            for part in (self.student, self.student_inputs):
+                part._apply(fn, recurse)
+            self.method.to(self._student.device)
+        else:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._student.device.type != "meta":
             for teacher in self._teachers:
                 teacher.to(self._student.device)

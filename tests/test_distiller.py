@@ -364,3 +364,14 @@ def test_compiling_without_effect_is_said():
     flat = nn.Linear(12, 10)
     with pytest.warns(RuntimeWarning, match="leaves the student as it is"):
         compile_parts({"student": blocks(flat)}, {})
+
+
+@pytest.mark.parametrize("method", ["sfkd", "uhkd"])
+def test_half_precision_students_do_not_round_the_method(method):
+    distiller = Distiller(tiny_vit(), tiny_cnn(), method, input_size=32)
+    before = {name: x.clone() for name, x in (*distiller.method.named_parameters(), *distiller.method.named_buffers())}
+    distiller.to(torch.bfloat16)
+    assert next(distiller.student.parameters()).dtype == torch.bfloat16
+    after = dict((*distiller.method.named_parameters(), *distiller.method.named_buffers()))
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+    assert distiller(*batch(4)).loss.isfinite()
