@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import now, peak_memory
+from timing import now, peak_memory, seconds_of
 from torch import Tensor, nn
 
 from hetkd import SFKD, Distiller, Method, list_methods, load_model
@@ -49,15 +49,13 @@ class Contender:
 
     Attributes:
         step: Forward of both models, loss, backward, update.
-        modules: What lives in memory meanwhile, optimizers included.
+        modules: What lives in memory meanwhile: the distiller or the student, and the optimizer.
         added_parameters: That are learnt beside the student.
-        distiller: Of hetkd's methods.
     """
 
     step: Callable[[], Any]
     modules: list[Any] = field(default_factory=list)
     added_parameters: int = 0
-    distiller: Distiller | None = None
 
 
 def bench_pair(
@@ -89,7 +87,7 @@ def bench_pair(
                 "memory_ratio": memory[method] / memory[FLOOR],
                 "added_parameters": each.added_parameters,
                 "images_per_second": batch_size / statistics.median(seconds),
-                "phases": {} if each.distiller is None else phases(each, pair, device),
+                "phases": phases(each, pair, device) if isinstance(each.modules[0], Distiller) else {},
             }
         )
     return rows
@@ -115,13 +113,6 @@ def measure_in_turns(
                 found[name][1].append(2 * seconds / (before + after))
             before = after
     return found
-
-
-def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Returns the seconds of one call."""
-    start = now(device)
-    function()
-    return now(device) - start
 
 
 def make_pair(name: str, batch_size: int, device: torch.device) -> Pair:
@@ -162,7 +153,7 @@ def contender(name: str, pair: Pair) -> Contender:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Contender(step, [distiller, optimizer], count_parameters(distiller.method), distiller)
+    return Contender(step, [distiller, optimizer], count_parameters(distiller.method))
 
 
 def timm_logits(pair: Pair) -> Contender:

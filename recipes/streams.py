@@ -83,23 +83,14 @@ class TrainingStream(StreamLoader):
     Args:
         stream: As for `StreamLoader`; so are the other arguments.
         images: Of an epoch, of all processes together.
+        seed: Of order and transform.
     """
 
-    def __init__(
-        self,
-        stream: Any,
-        transform: Callable[[Any], torch.Tensor],
-        *,
-        batch_size: int,
-        workers: int,
-        images: int,
-        seed: int,
-    ) -> None:
-        shuffled = stream.shuffle(seed=seed, buffer_size=SHUFFLED)
-        super().__init__(shuffled, transform, batch_size=batch_size, workers=workers, seed=seed)
-        self.steps = images // (batch_size * self.processes)
+    def __init__(self, stream: Any, transform: Callable[[Any], Any], *, images: int, seed: int, **options: int) -> None:
+        super().__init__(stream.shuffle(seed=seed, buffer_size=SHUFFLED), transform, seed=seed, **options)
+        self.steps = images // (self.batch_size * self.processes)
         if not self.steps:
-            raise SystemExit(f"{images} training images are no batch of {batch_size} for each process.")
+            raise SystemExit(f"{images} training images are no batch of {self.batch_size} for each process.")
 
     def __len__(self) -> int:
         return self.steps

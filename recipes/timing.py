@@ -27,9 +27,7 @@ def take_turns(
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(repeats + WARM_UP):
         for name in generator.sample(names, len(names)):
-            start = now(device)
-            functions[name]()
-            elapsed = now(device) - start
+            elapsed = seconds_of(functions[name], device)
             if round_ >= WARM_UP:
                 times[name].append(elapsed)
     return times
@@ -40,6 +38,13 @@ def compare(times: list[float], reference: list[float]) -> tuple[float, str]:
     ratios = [t / r for t, r in zip(times, reference, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return statistics.median(times) / statistics.median(reference), f"{low:.3f} to {high:.3f}"
+
+
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Returns the seconds of one call."""
+    start = now(device)
+    function()
+    return now(device) - start
 
 
 def now(device: torch.device) -> float:
