@@ -1,12 +1,15 @@
 """DS2S: dual-stream dual-stage refinement of wavelet sub-bands (SFKD, arXiv 2607.01906; our own reading)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hetkd.methods.linear import mix_channels
 from hetkd.spectral import Bands, real_fourier_basis
 
-LITE_RANK = 4
+LITE_CHANNELS = 16
 _KERNEL = 3
 
 
@@ -27,7 +30,6 @@ class DS2S(nn.Module):
         stages: 1 (within bands only) or 2; without a wavelet transform there is one band, and one stage.
         gate_whole_map: Whether without a wavelet transform (``levels=0``) the spectral stream gates the
             map's own spectrum. A loss that standardises each coefficient of it does not see that.
-        lite: Share weights over channels by low rank: about a tenth of the parameters.
     """
 
     def __init__(
@@ -38,26 +40,24 @@ class DS2S(nn.Module):
         *,
         streams: str = "both",
         stages: int = 2,
-        lite: bool = False,
         gate_whole_map: bool = True,
     ) -> None:
         super().__init__()
         groups = [(3, (grid[0] >> level, grid[1] >> level)) for level in range(1, levels + 1)]
         coarsest = (grid[0] >> levels, grid[1] >> levels)
         groups = [*groups[:-1], (4, coarsest)] if levels else [(1, coarsest)]
-        rank = LITE_RANK if lite else None
         spatial, spectral = streams != "spectral", streams != "spatial"
-        self.kernels, self.gates = nn.ModuleDict(), nn.ModuleDict()
+        self.kernels, self.gates = nn.ParameterDict(), nn.ModuleDict()
         for index, (count, size) in enumerate(groups):
             if size == (1, 1):  # a single coefficient has no surroundings and no spectrum
                 continue
             if spatial:
-                self.kernels[str(index)] = ChannelWeights(channels, (count, _KERNEL, _KERNEL), rank)
+                self.kernels[str(index)] = nn.Parameter(torch.zeros(channels, count, _KERNEL, _KERNEL))
             if spectral and (levels or gate_whole_map):
-                self.gates[str(index)] = SpectralGate(channels, count, size, rank)
+                self.gates[str(index)] = SpectralGate(channels, count, size)
         bands = sum(count for count, _ in groups)
         across = stages == 2 and bands > 1
-        self.exchange = ChannelWeights(channels, (bands, bands), rank) if spatial and across else None
+        self.exchange = nn.Parameter(torch.zeros(channels, bands, bands)) if spatial and across else None
         self.balance = BandBalance(bands) if spectral and across else None
 
     def forward(self, bands: Bands) -> Bands:
@@ -68,7 +68,7 @@ class DS2S(nn.Module):
         """Refines bands that are stacked by their grids; see `to_groups`."""
         groups = [self._within_bands(index, x) for index, x in enumerate(groups)]
         if self.exchange is not None:
-            groups = self._across_bands(groups, self.exchange())
+            groups = self._across_bands(groups, self.exchange)
         if self.balance is not None:
             groups = self.balance(groups)
         return groups
@@ -76,7 +76,7 @@ class DS2S(nn.Module):
     def _within_bands(self, index: int, x: Tensor) -> Tensor:
         refined = x
         if str(index) in self.kernels:
-            kernel = self.kernels[str(index)]().flatten(0, 1).unsqueeze(1)
+            kernel = self.kernels[str(index)].flatten(0, 1).unsqueeze(1)
             flat = x.flatten(1, 2)
             refined = refined + F.conv2d(flat, kernel, padding=_KERNEL // 2, groups=flat.shape[1]).view_as(x)
         if str(index) in self.gates:
@@ -126,21 +126,31 @@ def _resample(x: Tensor, like: Tensor) -> Tensor:
     return resampled.unflatten(1, x.shape[1:3])
 
 
-class ChannelWeights(nn.Module):
-    """A weight tensor ``[channels, *shape]`` that starts at zero, whole or of low rank over channels.
+class LiteDS2S(nn.Module):
+    """Refines a few mixtures of the channels by DS2S, and adds what it changes; at the start it is the identity.
 
-    At zero the refinement is the identity, yet its gradient is not zero: the whole tensor and the
-    right factor learn from the first step on, the left factor from the second.
+    Both mixtures, there and back, are learnt.
+
+    Args:
+        channels: D of the bands.
+        grid: See `DS2S`.
+        levels: See `DS2S`.
+        **options: Of `DS2S`.
     """
 
-    def __init__(self, channels: int, shape: tuple[int, ...], rank: int | None) -> None:
+    def __init__(self, channels: int, grid: tuple[int, int], levels: int, **options: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels if rank is None else rank, *shape))
-        self.mix = None if rank is None else nn.Parameter(torch.randn(channels, rank) / rank**0.5)
+        few = min(channels, LITE_CHANNELS)
+        self.reduce = nn.Parameter(nn.init.orthogonal_(torch.empty(few, channels)))
+        self.refine = DS2S(few, grid, levels, **options)
+        self.expand = nn.Parameter(self.reduce.detach().T.clone())
 
-    def forward(self) -> Tensor:
-        """Returns ``[channels, *shape]``."""
-        return self.weight if self.mix is None else torch.einsum("dr,r...->d...", self.mix, self.weight)
+    def forward(self, bands: Bands) -> Bands:
+        """Returns refined bands of the same shapes."""
+        few = [mix_channels(self.reduce, x) for x in to_groups(bands)]
+        changes = [refined - x for refined, x in zip(self.refine.refined(few), few, strict=True)]
+        groups = zip(to_groups(bands), changes, strict=True)
+        return to_bands([x + mix_channels(self.expand, change) for x, change in groups])
 
 
 class SpectralGate(nn.Module):
@@ -150,9 +160,9 @@ class SpectralGate(nn.Module):
     each way, no complex numbers. What is returned is the change only, zero at the start.
     """
 
-    def __init__(self, channels: int, bands: int, size: tuple[int, int], rank: int | None) -> None:
+    def __init__(self, channels: int, bands: int, size: tuple[int, int]) -> None:
         super().__init__()
-        self.gate = ChannelWeights(channels, (bands, size[0] // 2 + 1, size[1] // 2 + 1), rank)
+        self.gate = nn.Parameter(torch.zeros(channels, bands, size[0] // 2 + 1, size[1] // 2 + 1))
         (rows, row_frequency), (columns, column_frequency) = (real_fourier_basis(side) for side in size)
         # For the few pixels of a band, one product is faster than one for rows and one for columns.
         self.register_buffer("basis", torch.kron(rows, columns), persistent=False)
@@ -164,7 +174,7 @@ class SpectralGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, D, bands, h, w]`` to the gate's contribution, of the same shape."""
-        gate = self.gate().flatten(2)[..., self.frequency]
+        gate = self.gate.flatten(2)[..., self.frequency]
         basis = self.basis.to(x.dtype)
         return ((x.flatten(3) @ basis.T) * gate @ basis).unflatten(3, x.shape[3:])
 

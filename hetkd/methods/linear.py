@@ -32,6 +32,11 @@ class LinearMap(nn.Module):
         return (x.flatten(2) @ self.matrix.to(x.dtype)).unflatten(2, self.result)
 
 
+def mix_channels(weight: Tensor, x: Tensor) -> Tensor:
+    """Mixes the channels of ``[B, C, ...]`` by ``[D, C]``: a 1x1 convolution of whatever comes behind the channels."""
+    return (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+
 def _impulses(size: tuple[int, ...], chunk: int = 1024) -> Iterator[Tensor]:
     """Yields maps ``[N, 1, *size]`` that are 1 at one place and 0 elsewhere, a part of them at a time."""
     count = math.prod(size)

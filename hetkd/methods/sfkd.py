@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from hetkd.adapter import StagePair
 from hetkd.grid import common_grid, to_grid
 from hetkd.methods.base import not_negative, register_method, whole_number
-from hetkd.methods.ds2s import DS2S, to_bands, to_groups
+from hetkd.methods.ds2s import DS2S, LiteDS2S, to_bands, to_groups
 from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
-from hetkd.methods.linear import LinearMap
+from hetkd.methods.linear import LinearMap, mix_channels
 from hetkd.methods.matching import (
     TARGET_EPS,
     ChannelReduction,
@@ -57,7 +57,7 @@ class SFKD(FeatureMethod):
         stage_weights: ``None`` (late stages count most), one number a stage pair, or ``"learnt"``.
         levels: J, 0 to 3; ``None``: 2, or fewer on small grids, so that the coarsest band has 2 x 2 pixels or more.
         wavelet: An orthogonal wavelet of PyWavelets, by name.
-        ds2s: ``"full"``, ``"lite"`` (low rank, few parameters) or ``None`` (no refinement).
+        ds2s: ``"full"``, ``"lite"`` (on a few mixtures of the channels) or ``None`` (no refinement).
         streams: Streams of DS2S: ``"both"``, ``"spatial"``, ``"spectral"``.
         refinement_stages: Stages of DS2S: 2 (within and across bands), 1 (within), 0 (none).
         loss: ``"gffl"``, or for comparison ``"mse"`` or ``"infonce"`` on the recombined feature in space.
@@ -159,22 +159,22 @@ class SFKD(FeatureMethod):
 
     def _make_linear_maps(self, pairs: Sequence[StagePair]) -> None:
         """Makes what GFFL needs of wavelets and spectra: all but the refinement is linear, and fixed."""
-        self.teacher_spectra, self.splits, self.spectra = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.teacher_spectra, self.student_spectra = nn.ModuleList(), nn.ModuleList()
+        self.splits, self.merges = nn.ModuleList(), nn.ModuleList()
         for index, pair in enumerate(pairs if self.loss == "gffl" else ()):
             to_spectrum = partial(self._spectrum, index)
-            self.teacher_spectra.append(LinearMap(to_spectrum, pair.teacher.grid))
             start = pair.student.grid if self._aligns_first(index, pair.student.grid) else self._grids[index]
-            if isinstance(self.refine[index], nn.Identity):
-                self.splits.append(nn.ModuleList([LinearMap(to_spectrum, start)]))
-                self.spectra.append(nn.ModuleList([nn.Identity()]))
-                continue
-            groups = self._bands(index, torch.zeros(1, 1, *start))
+            self.teacher_spectra.append(LinearMap(to_spectrum, pair.teacher.grid))
+            self.student_spectra.append(LinearMap(to_spectrum, start))
+            refined = not isinstance(self.refine[index], nn.Identity)
+            groups = self._bands(index, torch.zeros(1, 1, *start)) if refined else []
             parts = [partial(self._group, index, number) for number in range(len(groups))]
             self.splits.append(nn.ModuleList(LinearMap(part, start) for part in parts))
-            merges = [partial(self._spectrum_of_group, index, number) for number in range(len(groups))]
-            sizes = [tuple(x.shape[2:]) for x in groups]
-            self.spectra.append(
-                nn.ModuleList(LinearMap(merge, size) for merge, size in zip(merges, sizes, strict=True))
+            self.merges.append(
+                nn.ModuleList(
+                    LinearMap(partial(self._spectrum_of_group, index, number), tuple(x.shape[2:]))
+                    for number, x in enumerate(groups)
+                )
             )
 
     def _spectrum(self, index: int, x: Tensor) -> Tensor:
@@ -209,13 +209,12 @@ class SFKD(FeatureMethod):
         # On a single pixel, refinement could only scale a channel, which the loss does not see.
         if self.ds2s is None or self.refinement_stages == 0 or self._grids[index] == (1, 1):
             return nn.Identity()
-        return DS2S(
+        return (LiteDS2S if self.ds2s == "lite" else DS2S)(
             min(pair.teacher.channels, self.width),
             self._grids[index],
             self._levels[index],
             streams=self.streams,
             stages=self.refinement_stages,
-            lite=self.ds2s == "lite",
             gate_whole_map=self.loss != "gffl" or self.normalize == "sample",
         )
 
@@ -260,14 +259,20 @@ class SFKD(FeatureMethod):
 
     def _refined_spectrum(self, index: int, x: Tensor) -> Tensor:
         """Returns the low frequencies of `refined_feature`, without making it."""
-        aligned = self._aligned(index, x)
-        groups = [split(aligned) for split in cast(nn.ModuleList, self.splits[index])]
-        refine = self.refine[index]
+        aligned, refine = self._aligned(index, x), self.refine[index]
         if isinstance(refine, DS2S):
-            groups = refine.refined(groups)
-        spectra = cast(nn.ModuleList, self.spectra[index])
-        parts: list[Tensor] = [spectrum(group) for spectrum, group in zip(spectra, groups, strict=True)]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+            return self._recombined_spectrum(index, refine, aligned)
+        spectrum: Tensor = self.student_spectra[index](aligned)
+        if isinstance(refine, LiteDS2S):
+            few = mix_channels(refine.reduce, aligned)
+            change = self._recombined_spectrum(index, refine.refine, few) - self.student_spectra[index](few)
+            spectrum = spectrum + mix_channels(refine.expand, change)
+        return spectrum
+
+    def _recombined_spectrum(self, index: int, refine: DS2S, aligned: Tensor) -> Tensor:
+        groups = refine.refined([split(aligned) for split in cast(nn.ModuleList, self.splits[index])])
+        merges = cast(nn.ModuleList, self.merges[index])
+        return torch.stack([merge(group) for merge, group in zip(merges, groups, strict=True)]).sum(0)
 
     def _aligned(self, index: int, x: Tensor) -> Tensor:
         """Projects the student's map where there are fewer pixels: on its own grid, or on the common one."""

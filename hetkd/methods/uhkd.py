@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hetkd.adapter import Stage, StagePair
 from hetkd.methods.base import register_method, whole_number
 from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
-from hetkd.methods.linear import LinearMap
+from hetkd.methods.linear import LinearMap, mix_channels
 from hetkd.methods.matching import (
     TARGET_EPS,
     ChannelReduction,
@@ -178,8 +178,7 @@ class FAM(nn.Module):
     def _mixed(self, spectrum: Tensor) -> Tensor:
         """Applies the second convolution, which commutes with the spectrum, to its few coefficients."""
         assert self.mix.bias is not None
-        mixed = (self.mix.weight.flatten(1) @ spectrum.flatten(2)).unflatten(2, spectrum.shape[2:])
-        return mixed + self.mix.bias[:, None, None, None] * self.constant
+        return mix_channels(self.mix.weight.flatten(1), spectrum) + self.mix.bias[:, None, None, None] * self.constant
 
     constant: Tensor
 
