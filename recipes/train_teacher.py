@@ -9,6 +9,7 @@ Stopped and started again, it goes on after its last whole epoch. The weights go
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from zoo import build
 from hetkd import Distiller
 from hetkd.files import write_json
 from hetkd.models import save_model
+
+EVALUATED_IMAGES = 1_000  # after each epoch, evenly spread over the test images; all of them at the end
 
 
 def main() -> None:
@@ -76,10 +79,12 @@ def train_teacher(
     """
     torch.manual_seed(seed)
     teacher, size = build(model, pixels or data.pixels, data.classes, data.channels, pretrained=pretrained)
+    teacher = teacher.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and with half precision
+    some = slice(None, None, math.ceil(len(data.test[1]) / EVALUATED_IMAGES))
     distiller = Distiller(None, teacher, "ce", input_size=size)
     distiller.fit(
         data.train,
-        data.test,
+        (data.test[0][some], data.test[1][some]),
         epochs=epochs,
         output_dir=path.with_suffix(""),
         resume=True,

@@ -13,6 +13,7 @@ from fashion import build_teacher
 from timm.layers import Mlp
 from timm.models.convnext import ConvNeXt
 from timm.models.mlp_mixer import Affine, MixerBlock, MlpMixer, ResBlock
+from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -86,6 +87,10 @@ def _convnext(size: int, **options: Any) -> nn.Module:
     return ConvNeXt(depths=(2, 2, 4, 2), dims=(40, 80, 160, 320), patch_size=2, **options)
 
 
+def _resnet(size: int, **options: Any) -> nn.Module:
+    return ResNet(BasicBlock, (1, 1, 1, 1), channels=(16, 32, 64, 128), stem_width=16, **options)
+
+
 def _fashion_vit(size: int, **options: Any) -> nn.Module:
     if size == 28 and options["in_chans"] == 1:
         return build_teacher(trained=False)
@@ -98,6 +103,8 @@ SMALL: dict[str, tuple[int, Callable[..., nn.Module]]] = {
     "mixer": (8, _mixer),
     "convnext": (16, _convnext),
     "deit": (8, partial(_vit, width=96, depth=6, heads=3)),
+    "deit_slim": (8, partial(_vit, width=64, depth=4, heads=2)),
+    "resnet_slim": (32, _resnet),
     "swin_p": (32, partial(_swin, width=48, depths=(2, 2, 2))),
     "resmlp": (8, partial(_mixer, width=128, depth=6, block=ResBlock)),
 }

@@ -1,0 +1,313 @@
+"""SFKD and UHKD against the baselines on real pairs, at a scale that two CPU cores can do: `docs/results.md`.
+
+    python recipes/study.py record                                        # the teachers' features, once
+    python recipes/study.py try --methods kd sfkd:feature_weight=40       # trials on the validation images
+    python recipes/study.py final --seeds 3                               # the final table, on the test images
+    python recipes/study.py scarce --seeds 3                              # with labels for a tenth of the images
+    python recipes/study_report.py                                        # tables and pictures of all that
+
+The teachers come from `train_teacher.py` (docs/results.md has the commands). Protocol, the same for all methods and
+fixed before they were compared: CIFAR-100, 50 training images a class, the last 50 of each class of the official
+training set for every choice, the official test images for the final tables only; six fixed views (shift and flip)
+of every training image, of which every epoch takes the next; AdamW, cosine, the same initial student and order of
+the images for every method with one seed. A run that is in the output file is not run again.
+"""
+
+import argparse
+import ast
+import json
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from image_data import Data, cifar100_split
+from recorded import RecordedViews, record_views, view_of
+from results import Row, git_revision, machine, read_rows
+from torch import Tensor, nn
+from zoo import build
+
+from hetkd import Distiller
+from hetkd.models import load_weights
+
+PROTOCOL: dict[str, Any] = {
+    "images_a_class": 50,
+    "validation_images_a_class": 50,
+    "views": 6,
+    "epochs": 20,
+    "batch_size": 64,
+    "lr": 2e-3,
+    "weight_decay": 0.05,
+    "warmup_epochs": 2,
+}
+CLASSES, EVALUATIONS = 100, 5
+PIXELS = {"dinov2_s": 56, "lite0": 96, "resnet_slim": 64, "deit_slim": 32}
+TEACHERS = {"dinov2_s": "vit_small_patch14_dinov2", "lite0": "tf_efficientnet_lite0"}
+PAIRS = ["dinov2_s:resnet_slim", "lite0:deit_slim"]
+ABLATIONS: list[str] = []
+BASELINES = ["ce", "kd", "dkd", "dist", "fitnet", "cc", "crd", "ofa", "rsd"]
+FINAL = [*BASELINES, "uhkd", "sfkd"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One student to train.
+
+    Attributes:
+        pair: TEACHER:STUDENT.
+        method: A name, or several with plus signs.
+        options: Of the method, beside its defaults, and ``stages``.
+        seed: Of the initial student and the order of the images.
+        kind: ``"trial"`` (validation images), ``"final"``, ``"scarce"`` or ``"ablation"`` (test images too).
+        epochs: Passes over the images.
+    """
+
+    pair: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    kind: str = "trial"
+    epochs: int = PROTOCOL["epochs"]
+
+    @property
+    def key(self) -> str:
+        """What makes two jobs the same."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def labelled(self) -> float:
+        """The share of the training images that have labels."""
+        return 0.1 if self.kind == "scarce" else 1.0
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training images (a view of each is what is trained on), validation and test images, with labels."""
+
+    train: Data
+    validation: Data
+    test: Data
+
+
+def main() -> None:
+    """Records teachers, or trains what is not in the output file yet."""
+    arguments = parse_arguments()
+    if arguments.what == "record":
+        for name in dict.fromkeys(pair.split(":")[0] for pair in arguments.pairs):
+            record(name, arguments)
+        return
+    run_all(jobs_of(arguments), arguments)
+
+
+def jobs_of(arguments: argparse.Namespace) -> list[Job]:
+    """Returns what is asked for, seed by seed, so that a run that is stopped has whole seeds."""
+    asked = arguments.methods or {"try": [], "final": FINAL, "scarce": FINAL, "ablations": ABLATIONS}[arguments.what]
+    kind = {"try": "trial", "ablations": "ablation"}.get(arguments.what, arguments.what)
+    return [
+        Job(pair, *parse_method(words), seed=seed, kind=kind, epochs=arguments.epochs)
+        for seed in range(arguments.first_seed, arguments.seeds)
+        for words in asked
+        for pair in arguments.pairs
+    ]
+
+
+def parse_method(words: str) -> tuple[str, dict[str, Any]]:
+    """Reads ``NAME`` or ``NAME:OPTION=VALUE,...``; values are Python's, commas within them in brackets only."""
+    name, _, rest = words.partition(":")
+    call = ast.parse(f"f({rest})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return name, {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
+
+
+def run_all(jobs: Iterable[Job], arguments: argparse.Namespace) -> None:
+    """Trains what is not there yet, some at a time with one thread each, and adds a line a student to the output."""
+    done = {row["key"] for row in read_rows(arguments.output)}
+    todo = [job for job in jobs if job.key not in done]
+    context = multiprocessing.get_context("spawn")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(arguments.workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for finished in as_completed([pool.submit(train, job, arguments.recorded, arguments.students) for job in todo]):
+            row = finished.result()
+            with arguments.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(
+                f"{row['pair']}  {row['method']} {row['options'] or ''}  seed {row['seed']}: "
+                f"validation {row['validation']:.2f} % ({row['seconds']:.0f} s)",
+                flush=True,
+            )
+
+
+def load_split() -> Split:
+    """Loads the images: the first of each class to train on, the last to validate on."""
+    images, labels = cifar100_split("train")
+    parts = {
+        "train": slice(PROTOCOL["images_a_class"]),
+        "validation": slice(-PROTOCOL["validation_images_a_class"], None),
+    }
+    chosen = {
+        name: torch.cat([(labels == label).nonzero()[:, 0][part] for label in range(CLASSES)])
+        for name, part in parts.items()
+    }
+    return Split(*((images[index], labels[index]) for index in chosen.values()), cifar100_split("test"))
+
+
+def record(name: str, arguments: argparse.Namespace) -> None:
+    """Records a teacher at the stages that methods compare, and prints its accuracy."""
+    teacher, size = load_teacher(name, arguments.teachers)
+    student = next(pair.split(":")[1] for pair in PAIRS if pair.startswith(f"{name}:"))
+    distiller = Distiller(
+        teacher,
+        build(student, PIXELS[student], CLASSES, 3)[0],
+        "fitnet",
+        input_size={"teacher": size, "student": PIXELS[student]},
+    )
+    print(distiller.plan)
+    split = load_split()
+    of_teacher = Distiller(None, teacher, "ce", input_size=size)
+    for part in ("train", "validation", "test"):
+        print(f"{name}, {part}: {of_teacher.evaluate(getattr(split, part))['top1']:.2f} %")
+    record_views(distiller, split.train[0], PROTOCOL["views"], arguments.recorded / name)
+
+
+def load_teacher(name: str, folder: Path) -> tuple[nn.Module, int]:
+    """Loads a teacher that `train_teacher.py` made; returns its input size too."""
+    found = sorted(folder.glob(f"cifar100-*-{PIXELS[name]}px-{TEACHERS[name]}.safetensors"))
+    if len(found) != 1:
+        raise SystemExit(f"{folder} has {len(found)} files of {name}: train one by train_teacher.py.")
+    teacher, size = build(TEACHERS[name], PIXELS[name], CLASSES, 3)
+    load_weights(teacher, found[0])
+    return teacher.eval(), size
+
+
+def student_path(folder: Path, pair: str, method: str) -> Path:
+    """Returns where the student of the first seed is, by a method with its defaults."""
+    return folder / f"{pair.replace(':', '-')}-{method}.safetensors"
+
+
+def train(job: Job, recorded: Path, students: Path) -> Row:
+    """Trains one student, and returns its line."""
+    split, (teacher_name, student_name) = load_split(), job.pair.split(":")
+    images, labels = split.train
+    torch.manual_seed(job.seed)
+    student, size = build(student_name, PIXELS[student_name], CLASSES, 3)
+    # On these CPUs convolutions are faster on channels_last.
+    distiller = make_distiller(job, teacher_name, student.to(memory_format=torch.channels_last), size)
+    views = RecordedViews(recorded / teacher_name)
+    order = torch.Generator().manual_seed(job.seed)
+    steps = len(images) // PROTOCOL["batch_size"]
+    optimizer, schedule = make_optimizer(distiller, job.epochs * steps)
+    curve, seconds = [], 0.0
+    for epoch in range(job.epochs):
+        start = time.perf_counter()
+        distiller.train()
+        view = epoch % PROTOCOL["views"]
+        for index, has_labels in batches(labels, job.labelled, distiller.method.uses_teacher, order):
+            targets = None
+            if distiller.method.uses_teacher:
+                targets = distiller.method.encode(views.features(distiller.method.teacher_stages(), view, index))
+            batch = view_of(images, index, view)
+            distiller(batch, labels[index] if has_labels else None, targets).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        seconds += time.perf_counter() - start
+        if (epoch + 1) * EVALUATIONS // job.epochs > epoch * EVALUATIONS // job.epochs:
+            curve.append((epoch + 1, accuracy(distiller, split.validation)))
+    if job.kind == "final" and job.seed == 0 and not job.options:
+        students.mkdir(parents=True, exist_ok=True)
+        distiller.save_student(student_path(students, job.pair, job.method))
+    return {
+        "key": job.key,
+        **asdict(job),
+        "validation": curve[-1][1],
+        "test": accuracy(distiller, split.test) if job.kind != "trial" else None,
+        "curve": curve,
+        "seconds": seconds,
+        "images_per_second": job.epochs * steps * PROTOCOL["batch_size"] / seconds,
+        "added_parameters": distiller.plan.added_parameters,
+        "protocol": PROTOCOL,
+        "settings": distiller.method.settings(),
+        "git_revision": git_revision(),
+        "machine": machine(),
+    }
+
+
+def make_distiller(job: Job, teacher_name: str, student: nn.Module, size: int) -> Distiller:
+    """Makes the distiller of a job; the teacher has no weights, for its features are recorded."""
+    names = job.method.split("+")
+    if job.method == "ce":
+        return Distiller(None, student, "ce", input_size=size)
+    teacher, teacher_size = build(TEACHERS[teacher_name], PIXELS[teacher_name], CLASSES, 3)
+    sizes = {"teacher": teacher_size, "student": size}
+    return Distiller(teacher, student, names if len(names) > 1 else job.method, input_size=sizes, **job.options)
+
+
+def make_optimizer(distiller: Distiller, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """Makes AdamW and its schedule, a step at a time: linear warm-up, then cosine to zero."""
+    parameters = [p for p in distiller.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=PROTOCOL["lr"], weight_decay=PROTOCOL["weight_decay"], fused=True)
+    share = PROTOCOL["warmup_epochs"] / PROTOCOL["epochs"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PROTOCOL["lr"], total_steps=steps + 1, pct_start=share, div_factor=100, cycle_momentum=False
+    )
+    return optimizer, schedule
+
+
+def batches(
+    labels: Tensor, labelled: float, uses_teacher: bool, order: torch.Generator
+) -> Iterator[tuple[Tensor, bool]]:
+    """Yields the image indices of an epoch's batches, and whether their labels are used.
+
+    Where few images have labels, every second batch is of these (again and again), the others are of all images
+    and without labels; a method without a teacher gets labelled batches only, as many.
+    """
+    size, count = PROTOCOL["batch_size"], len(labels) // PROTOCOL["batch_size"]
+    every = torch.randperm(len(labels), generator=order).split(size)[:count]
+    if labelled == 1.0:
+        yield from ((index, True) for index in every)
+        return
+    kept = int(labelled * PROTOCOL["images_a_class"])
+    known = torch.arange(len(labels)).unflatten(0, (CLASSES, -1))[:, :kept].flatten()
+    for number, index in enumerate(every):
+        if uses_teacher and number % 2:
+            yield index, False
+        else:
+            yield known[torch.randint(len(known), (size,), generator=order)], True
+
+
+@torch.no_grad()
+def accuracy(distiller: Distiller, data: Data) -> float:
+    """Returns the student's top-1 in percent."""
+    distiller.eval()
+    parts = zip(*(x.split(250) for x in data), strict=True)
+    right = sum(int((distiller.predict(images).argmax(1) == labels).sum()) for images, labels in parts)
+    return 100 * right / len(data[1])
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line, or ``words``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["record", "try", "final", "scarce", "ablations"])
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS, metavar="PAIR", help=f"of {PAIRS}")
+    parser.add_argument("--methods", nargs="+", metavar="NAME[:OPTION=VALUE,...]")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=PROTOCOL["epochs"])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--teachers", type=Path, default=Path("runs/teachers"), metavar="DIR")
+    parser.add_argument("--recorded", type=Path, default=Path("runs/recorded"), metavar="DIR")
+    parser.add_argument("--students", type=Path, default=Path("runs/students"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/runs.jsonl"), metavar="FILE")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main()

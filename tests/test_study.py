@@ -1,0 +1,103 @@
+"""The comparison on CIFAR-100 in its shortest form: random images, tiny teachers, two images a class."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from hetkd import Distiller
+from hetkd.models import save_model
+
+sys.path.insert(0, str(REPOSITORY / "recipes"))
+import study
+import study_report
+from recorded import RecordedViews, view_of
+from zoo import build
+
+PAIR = "dinov2_s:resnet_slim"
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Small data and teachers, recorded; returns the folder."""
+    for name, value in {"images_a_class": 2, "validation_images_a_class": 1, "views": 2, "batch_size": 32}.items():
+        monkeypatch.setitem(study.PROTOCOL, name, value)
+    for name, model in {"dinov2_s": "test_vit", "lite0": "test_efficientnet"}.items():
+        monkeypatch.setitem(study.TEACHERS, name, model)
+        monkeypatch.setitem(study.PIXELS, name, 32 if name == "lite0" else 64)
+        (tmp_path / "teachers").mkdir(exist_ok=True)
+        path = tmp_path / "teachers" / f"cifar100-0-{study.PIXELS[name]}px-{model}.safetensors"
+        save_model(build(model, study.PIXELS[name], study.CLASSES, 3)[0], path)
+    labels = torch.arange(study.CLASSES)
+
+    def part(count):
+        return torch.randint(256, (count * study.CLASSES, 3, 32, 32), dtype=torch.uint8), labels.repeat_interleave(
+            count
+        )
+
+    split = study.Split(part(2), part(1), part(1))
+    for module in (study, study_report):
+        monkeypatch.setattr(module, "load_split", lambda: split)
+    words = ["record", "--teachers", str(tmp_path / "teachers"), "--recorded", str(tmp_path / "recorded")]
+    arguments = study.parse_arguments(words)
+    for name in ("dinov2_s", "lite0"):
+        study.record(name, arguments)
+    return tmp_path
+
+
+def test_runs_tables_and_pictures(small):
+    rows = []
+    for pair in study.PAIRS:
+        for method in ("ce", "kd", "fitnet", "uhkd", "sfkd"):
+            job = study.Job(pair, *study.parse_method(method), kind="final", epochs=2)
+            rows.append(study.train(job, small / "recorded", small / "students"))
+    job = study.Job(PAIR, *study.parse_method("sfkd:levels=0,stage_weights=[1, 2]"), kind="ablation", epochs=2)
+    rows.append(study.train(job, small / "recorded", small / "students"))
+    assert rows[-1]["options"] == {"levels": 0, "stage_weights": [1, 2]}
+    again = study.train(study.Job(PAIR, "sfkd", kind="final", epochs=2), small / "recorded", small / "students")
+    assert again["curve"] == next(row["curve"] for row in rows if row["key"] == again["key"])
+    runs = small / "runs.jsonl"
+    runs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders = {"runs": runs, "output": small, "teachers": small / "teachers", "students": small / "students"}
+    study_report.main(["--features", *(word for name, path in folders.items() for word in (f"--{name}", str(path)))])
+    text = (small / "tables.md").read_text()
+    gain = rows[1]["test"] - rows[0]["test"]
+    assert f"| kd | {rows[1]['test']:.2f} (1) | {gain:+.2f} |" in text
+    assert "sfkd (levels=0, stage_weights=[1, 2])" in text
+    for name in ("curves", "cost", "cka", "bands"):
+        assert (small / f"{name}.png").stat().st_size > 5_000
+
+
+def test_recorded_features_are_those_of_the_teacher_on_the_same_view(small):
+    teacher, size = study.load_teacher("dinov2_s", small / "teachers")
+    student = build("resnet_slim", 64, study.CLASSES, 3)[0]
+    distiller = Distiller(teacher, student, "sfkd", input_size={"teacher": size, "student": 64})
+    images, index = study.load_split().train[0], torch.tensor([5, 0, 17])
+    recorded = RecordedViews(small / "recorded" / "dinov2_s").features(distiller.method.teacher_stages(), 1, index)
+    with torch.no_grad():
+        live = distiller.taps["teacher"].run(view_of(images, index, 1))
+    for ours, theirs in zip((recorded.logits, *recorded.maps), (live.logits, *live.maps), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_scarce_labels_come_in_batches_of_their_own(monkeypatch):
+    monkeypatch.setitem(study.PROTOCOL, "images_a_class", 50)
+    labels = torch.arange(study.CLASSES).repeat_interleave(50)
+    found = list(study.batches(labels, 0.1, True, torch.Generator().manual_seed(0)))
+    assert [has_labels for _, has_labels in found] == [True, False] * (len(found) // 2)
+    assert all((index % 50 < 5).all() for index, has_labels in found if has_labels)
+    assert all(has_labels for _, has_labels in study.batches(labels, 0.1, False, torch.Generator()))
+
+
+def test_a_view_is_a_shift_and_a_flip():
+    images = torch.arange(2 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(2, 3, 32, 32)
+    views = [view_of(images, torch.arange(2), view) for view in range(12)]
+    for view in views:
+        for image, original in zip(view, images, strict=True):
+            padded = torch.nn.functional.pad(original, (4,) * 4)
+            cuts = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+            assert any(torch.equal(image, cut) or torch.equal(image, cut.flip(2)) for cut in cuts)
+    assert any(not torch.equal(view, views[0]) for view in views[1:])
+    assert torch.equal(view_of(images, torch.tensor([1]), 3)[0], views[3][1])
