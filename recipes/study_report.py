@@ -204,6 +204,7 @@ def draw_cka(similarities: dict[str, dict[str, list[list[float]]]], path: Path) 
     figure, panels = _panels(columns, rows=len(similarities), width=2.6, height=2.6)
     for row, (pair, of_pair) in zip(panels, similarities.items(), strict=True):
         for panel, (name, values) in zip(row, of_pair.items(), strict=True):
+            panel.grid(visible=False)
             panel.imshow(values, cmap="Blues", vmin=0, vmax=1, origin="lower")
             for (i, j), value in ((place, values[place[0]][place[1]]) for place in _places(values)):
                 colour = "white" if value > 0.6 else "#333333"

@@ -88,7 +88,9 @@ def _convnext(size: int, **options: Any) -> nn.Module:
 
 
 def _resnet(size: int, **options: Any) -> nn.Module:
-    return ResNet(BasicBlock, (1, 1, 1, 1), channels=(16, 32, 64, 128), stem_width=16, **options)
+    model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(16, 32, 64, 128), stem_width=16, **options)
+    model.maxpool = nn.Identity()  # as is usual for images of 32 px
+    return model
 
 
 def _fashion_vit(size: int, **options: Any) -> nn.Module:
