@@ -48,7 +48,25 @@ CLASSES, EVALUATIONS = 100, 5
 PIXELS = {"dinov2_s": 56, "lite0": 96, "resnet_slim": 32, "deit_slim": 32}
 TEACHERS = {"dinov2_s": "vit_small_patch14_dinov2", "lite0": "tf_efficientnet_lite0"}
 PAIRS = ["dinov2_s:resnet_slim", "lite0:deit_slim"]
-ABLATIONS: list[str] = []
+ABLATIONS = [
+    "ce",
+    "sfkd",
+    'sfkd:loss="mse"',
+    'sfkd:loss="infonce"',
+    "sfkd:ds2s=None",
+    'sfkd:ds2s="lite"',
+    'sfkd:streams="spatial"',
+    'sfkd:streams="spectral"',
+    "sfkd:refinement_stages=1",
+    "sfkd:levels=0",
+    "sfkd:levels=1",
+    "sfkd:stages=[3]",
+    "sfkd:stages=[0,1,2,3]",
+    "uhkd",
+    "uhkd:stages=[3]",
+    "uhkd:keep=1",
+    'uhkd:spectrum="amplitude"',
+]
 BASELINES = ["ce", "kd", "dkd", "dist", "fitnet", "cc", "crd", "ofa", "rsd"]
 FINAL = [*BASELINES, "uhkd", "sfkd"]
 

@@ -67,8 +67,6 @@ class SFKD(FeatureMethod):
         normalize: ``"batch"``: each coefficient is standardised over the batch of all processes;
             ``"sample"``: each sample by its own energy, compared by mean squared error.
         decorrelation: Weight of RSD's off-diagonal term (with ``normalize="batch"`` and GFFL only).
-        projector: Of the student's map to D channels: ``"linear"``, a 1x1 convolution, or ``"mlp"``: 1x1 convolution -
-            norm - GELU - 1x1 convolution.
         width: D, most channels to compare.
         reduction: The teacher's fixed map: ``"orthogonal"`` or ``"pca"`` (fitted on the first batch).
         ce_weight: Weight of the cross-entropy with the labels.
@@ -97,7 +95,6 @@ class SFKD(FeatureMethod):
         spectrum: str = "complex",
         normalize: str = "batch",
         decorrelation: float = 0.0,
-        projector: str = "linear",
         width: int = 256,
         reduction: str = "orthogonal",
         ce_weight: float = 1.0,
@@ -127,7 +124,6 @@ class SFKD(FeatureMethod):
         self.decorrelation = not_negative("decorrelation", decorrelation)
         if decorrelation and (normalize, loss) != ("batch", "gffl"):
             raise ValueError("decorrelation needs normalize='batch' and loss='gffl'.")
-        self.projector = choice("projector", projector, ["linear", "mlp"])
         self.width = whole_number("width", width)
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
 
@@ -154,7 +150,7 @@ class SFKD(FeatureMethod):
         ]
         self.reduce = nn.ModuleList(ChannelReduction(p.teacher.channels, self.width, self.reduction) for p in pairs)
         self.project = nn.ModuleList(
-            aligning_projection(p.student.channels, min(p.teacher.channels, self.width), self.projector) for p in pairs
+            aligning_projection(p.student.channels, min(p.teacher.channels, self.width)) for p in pairs
         )
         self.refine = nn.ModuleList(self._refinement(index, pair) for index, pair in enumerate(pairs))
         self._make_linear_maps(pairs)
@@ -302,14 +298,8 @@ def _smallest_side(pair: StagePair) -> int:
     return min(*pair.teacher.grid, *pair.student.grid)
 
 
-def aligning_projection(channels: int, width: int, projector: str = "linear") -> nn.Module:
-    """Returns a 1x1 convolution without bias, the identity if it can be, else an orthogonal map; or two of them."""
-    if projector == "mlp":
-        middle = 2 * channels
-        first = nn.Conv2d(channels, middle, kernel_size=1, bias=False)
-        return nn.Sequential(
-            first, nn.BatchNorm2d(middle), nn.GELU(), nn.Conv2d(middle, width, kernel_size=1, bias=False)
-        )
+def aligning_projection(channels: int, width: int) -> nn.Conv2d:
+    """Returns a 1x1 convolution without bias: the identity if it can be, else an orthogonal map."""
     projection = nn.Conv2d(channels, width, kernel_size=1, bias=False)
     if channels == width:
         nn.init.dirac_(projection.weight)
