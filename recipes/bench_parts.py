@@ -58,8 +58,8 @@ def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], A
 
     at_once = LinearMap(spectrum_of_resampled, (GRID, GRID)).to(device)
     half = GRID // 2  # bands of the first level, the largest that are gated
-    gate = SpectralGate(CHANNELS, 4, (half, half), None).to(device)
-    torch.nn.init.normal_(gate.gate.weight)
+    gate = SpectralGate(CHANNELS, 4, (half, half)).to(device)
+    torch.nn.init.normal_(gate.gate)
     folded = [min(row, half - row) for row in range(half)]
 
     def as_bands(x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], A
         "SpectralGate",
         lambda x: gate(as_bands(x)),
         "torch.fft.rfft2, irfft2",
-        lambda x: torch.fft.irfft2(torch.fft.rfft2(as_bands(x)) * gate.gate.weight[:, :, folded], s=(half, half)),
+        lambda x: torch.fft.irfft2(torch.fft.rfft2(as_bands(x)) * gate.gate[:, :, folded], s=(half, half)),
     )
     yield "resampling and spectrum at once", at_once, "one after the other", spectrum_of_resampled
 
