@@ -46,11 +46,15 @@ class RecordedViews:
 
     Args:
         folder: That `record_views` wrote.
+
+    Raises:
+        ValueError: If it is not complete.
     """
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / _FACTS).exists():
+            raise ValueError(f"{folder} holds no recorded teacher: `python recipes/study.py record` makes one.")
         facts = json.loads((folder / _FACTS).read_text())
-        self.views: int = facts["views"]
         self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in facts["arrays"]}
 
     def features(self, stages: Sequence[str], view: int, index: Tensor) -> Features:
@@ -93,4 +97,4 @@ def record_views(distiller: Distiller, images: Tensor, views: int, folder: Path)
                 arrays[name][view, index.numpy()] = half.numpy()
     for array in arrays.values():
         array.flush()
-    write_json(folder / _FACTS, {"views": views, "arrays": list(arrays)})
+    write_json(folder / _FACTS, {"arrays": list(arrays)})

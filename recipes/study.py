@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ ABLATIONS = [
     "uhkd:keep=1",
     'uhkd:spectrum="amplitude"',
 ]
-BASELINES = ["ce", "kd", "dkd", "dist", "fitnet", "cc", "crd", "ofa", "rsd"]
-FINAL = [*BASELINES, "uhkd", "sfkd"]
+FINAL = ["ce", "kd", "dkd", "dist", "fitnet", "cc", "crd", "ofa", "rsd", "uhkd", "sfkd"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
     kind = {"try": "trial", "ablations": "ablation"}.get(arguments.what, arguments.what)
     return [
         Job(pair, *parse_method(words), seed=seed, kind=kind, epochs=arguments.epochs)
-        for seed in range(arguments.first_seed, arguments.seeds)
+        for seed in range(arguments.seeds)
         for words in asked
         for pair in arguments.pairs
     ]
@@ -148,8 +148,13 @@ def run_all(jobs: Iterable[Job], arguments: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(arguments.workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for finished in as_completed([pool.submit(train, job, arguments.recorded, arguments.students) for job in todo]):
-            row = finished.result()
+        jobs_of_runs = {pool.submit(train, job, arguments.recorded, arguments.students): job for job in todo}
+        for finished in as_completed(jobs_of_runs):
+            try:
+                row = finished.result()
+            except ValueError as error:  # one method that fails must not cost the others
+                print(f"{jobs_of_runs[finished].key} failed: {error}", flush=True)
+                continue
             with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(
@@ -159,6 +164,7 @@ def run_all(jobs: Iterable[Job], arguments: argparse.Namespace) -> None:
             )
 
 
+@cache
 def load_split() -> Split:
     """Loads the images: of each class the first to train on, and some to validate on, spread over the others.
 
@@ -265,7 +271,7 @@ def make_distiller(job: Job, teacher_name: str, student: nn.Module, size: int) -
 
 
 def make_optimizer(distiller: Distiller, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Makes AdamW and its schedule, a step at a time: linear warm-up, then cosine to zero."""
+    """Makes AdamW and its schedule, a step at a time: cosine up for the warm-up, then cosine down."""
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1]},
@@ -317,14 +323,16 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS, metavar="PAIR", help=f"of {PAIRS}")
     parser.add_argument("--methods", nargs="+", metavar="NAME[:OPTION=VALUE,...]")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=PROTOCOL["epochs"])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--teachers", type=Path, default=Path("runs/teachers"), metavar="DIR")
     parser.add_argument("--recorded", type=Path, default=Path("runs/recorded"), metavar="DIR")
     parser.add_argument("--students", type=Path, default=Path("runs/students"), metavar="DIR")
     parser.add_argument("--output", type=Path, default=Path("docs/results/runs.jsonl"), metavar="FILE")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.what == "try" and not arguments.methods:
+        parser.error("try needs --methods")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 python recipes/study_report.py                 # tables.md, curves.png, cost.png
 python recipes/study_report.py --features      # also bands.png and cka.png, from the saved students
+
+Pictures need matplotlib: `pip install "hetkd[plots]"`.
 """
 
 import argparse
@@ -26,7 +28,12 @@ ORANGE, GREEN = "#e0862a", "#1c9a5b"
 COLOURS = {"ce": GRAY, "kd": "#b23a8e", "uhkd": ORANGE, "sfkd": BLUE}
 SHOWN = ("ce", "kd", "uhkd", "sfkd")
 LEVELS = 2
-KINDS = {"final": "All labels", "scarce": "Labels for a tenth of the images"}
+KINDS = {
+    "final": ("All labels: test images", "test"),
+    "scarce": ("Labels for a tenth of the images: test images", "test"),
+    "ablation": ("Ablations: test images", "test"),
+    "trial": ("Every trial: validation images", "validation"),
+}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -57,16 +64,10 @@ def name_of(row: Row) -> str:
 def tables(rows: Sequence[Row]) -> str:
     """Returns all tables as Markdown."""
     parts = []
-    for kind, title in KINDS.items():
+    for kind, (title, score) in KINDS.items():
         of_kind = [row for row in rows if row["kind"] == kind]
         if of_kind:
-            parts.append(f"## {title}: test images\n\n{_results(of_kind, 'test')}")
-    ablations = [row for row in rows if row["kind"] == "ablation"]
-    if ablations:
-        parts.append(f"## Ablations: test images\n\n{_results(ablations, 'test')}")
-    trials = [row for row in rows if row["kind"] == "trial"]
-    if trials:
-        parts.append(f"## Every trial: validation images\n\n{_results(trials, 'validation')}")
+            parts.append(f"## {title}\n\n{_results(of_kind, score)}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -79,7 +79,7 @@ def train_teacher(
     """
     torch.manual_seed(seed)
     teacher, size = build(model, pixels or data.pixels, data.classes, data.channels, pretrained=pretrained)
-    teacher = teacher.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and with half precision
+    teacher = teacher.to(memory_format=torch.channels_last)  # faster convolutions on CPUs
     some = slice(None, None, math.ceil(len(data.test[1]) / EVALUATED_IMAGES))
     distiller = Distiller(None, teacher, "ce", input_size=size)
     distiller.fit(

@@ -10,7 +10,7 @@ from torch import nn
 
 from hetkd import CE, KD, SFKD, UHKD, FeatureMethod, Features, Method, Stage, StagePair, list_methods, register_method
 from hetkd.methods.base import make_method, method_options, methods
-from hetkd.methods.ds2s import DS2S, LiteDS2S
+from hetkd.methods.ds2s import DS2S, DepthwiseKernel, LiteDS2S
 from hetkd.methods.matching import ChannelReduction, correlation_loss, infonce, standardize_batch, standardize_sample
 from hetkd.methods.uhkd import spectrum_per_pixel
 from hetkd.spectral import dwt2, idwt2, low_frequencies
@@ -204,6 +204,14 @@ def test_low_and_high_frequencies_exchange_information():
     low_only = dwt2(F.interpolate(x.mean((2, 3), keepdim=True), (8, 8)), "haar", 2)
     assert all(detail.abs().max() < 1e-5 for detail in low_only.details)
     assert all(detail.abs().max() > 0.01 for detail in refine(low_only).details)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 4), (1, 3)])
+def test_kernels_are_depthwise_convolutions(size):
+    kernel, x = DepthwiseKernel(5, 3, size), torch.randn(2, 5, 3, *size)
+    weight = nn.init.normal_(kernel.weight).flatten(0, 1).unsqueeze(1)
+    expected = F.conv2d(x.flatten(1, 2), weight, padding=1, groups=15).view_as(x)
+    torch.testing.assert_close(kernel(x), expected)
 
 
 def test_lite_has_a_fraction_of_the_parameters():

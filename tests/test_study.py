@@ -33,9 +33,8 @@ def small(tmp_path, monkeypatch):
     labels = torch.arange(study.CLASSES)
 
     def part(count):
-        return torch.randint(256, (count * study.CLASSES, 3, 32, 32), dtype=torch.uint8), labels.repeat_interleave(
-            count
-        )
+        images = torch.randint(256, (count * study.CLASSES, 3, 32, 32), dtype=torch.uint8)
+        return images, labels.repeat_interleave(count)
 
     split = study.Split(part(2), part(1), part(1))
     for module in (study, study_report):

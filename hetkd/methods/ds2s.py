@@ -76,7 +76,7 @@ class DS2S(nn.Module):
 
     def _within_bands(self, index: int, x: Tensor) -> Tensor:
         changes = [stream[str(index)](x) for stream in (self.kernels, self.gates) if str(index) in stream]
-        return torch.stack([x, *changes]).sum(0) if changes else x
+        return sum(changes, start=x)
 
     def _across_bands(self, groups: list[Tensor], shares: Tensor) -> list[Tensor]:
         counts = [x.shape[2] for x in groups]
