@@ -124,6 +124,18 @@ def test_a_process_that_dies_ends_the_run():
     assert "Signal 9 (SIGKILL)" in done.stderr
 
 
+def test_gloo_ends_before_the_interpreter():
+    code = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: print("still there:", dist.is_initialized()))  # the first to register is the last to run
+import hetkd.training.parallel
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "still there: False\n", done.stderr
+
+
 def test_deepspeed_trains_the_same_student(tmp_path):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed; it is not part of the test extra")
     done = run(2, str(tmp_path / "deepspeed.pt"), 200)

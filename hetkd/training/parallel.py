@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
 from collections.abc import Iterator
@@ -69,6 +70,13 @@ def make_accelerator(options: TrainingOptions, folder: Path | None) -> Any:
     if uses_deepspeed(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3:
         raise ValueError("DeepSpeed's stage 3 shards the student's weights: use stage 2, or FSDP 2.")
     return accelerator
+
+
+@atexit.register
+def _end_gloo() -> None:
+    """Ends Gloo's threads before the interpreter ends: one that frees a tensor later aborts the process (pytorch#179291)."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def uses_deepspeed(accelerator: Any) -> bool:
