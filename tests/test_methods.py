@@ -8,7 +8,20 @@ import torch.nn.functional as F
 from conftest import PAIRS, STUDENT_STAGES, TEACHER_STAGES, features
 from torch import nn
 
-from hetkd import CE, KD, SFKD, UHKD, FeatureMethod, Features, Method, Stage, StagePair, list_methods, register_method
+from hetkd import (
+    CE,
+    KD,
+    SFKD,
+    UHKD,
+    FeatureMethod,
+    Features,
+    FitNet,
+    Method,
+    Stage,
+    StagePair,
+    list_methods,
+    register_method,
+)
 from hetkd.methods.base import make_method, method_options, methods
 from hetkd.methods.ds2s import DS2S, DepthwiseKernel, LiteDS2S
 from hetkd.methods.matching import ChannelReduction, correlation_loss, infonce, standardize_batch, standardize_sample
@@ -121,8 +134,8 @@ def test_sfkd_by_matrices_equals_its_steps_one_by_one(grids, options):
 
 @pytest.mark.parametrize("options", UHKD_OPTIONS)
 def test_uhkd_mixes_coefficients_as_it_would_mix_pixels(options):
-    pair = StagePair(Stage("t", 24, 14, 14), Stage("s", 12, 7, 9))
-    align, x = bound(UHKD(**options), [pair]).align[0], torch.randn(4, 12, 7, 9)
+    pair = StagePair(Stage("t", 24, 14, 14), Stage("s", 12, 7, 8))
+    align, x = bound(UHKD(**options), [pair]).align[0], torch.randn(4, 12, 7, 8)
     pixels = align.mix(align.layers(x))
     keep = align.gain.shape[1]
     expected = align.compress(spectrum_per_pixel(pixels, keep)) * (1 + align.gain) + align.bias
@@ -325,9 +338,9 @@ def test_soft_labels_give_soft_cross_entropy():
         CE()(student, {}, None)
 
 
-def test_late_stages_weigh_three_times_the_one_before():
-    method = bound(SFKD())
-    assert method._weights == pytest.approx([0.25, 0.75])
+def test_stages_share_the_weight():
+    assert bound(SFKD())._weights == [0.5, 0.5]
+    assert bound(FitNet())._weights == [1.0, 1.0]
 
 
 def test_learnt_weights_follow_the_uncertainty():

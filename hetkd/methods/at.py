@@ -36,8 +36,7 @@ class AT(FeatureMethod):
     """
 
     term = "at"
-    automatic_stages = 4
-    stage_ratio = None
+    stages_share_weight = False
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ class FeatureMethod(Method):
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages by ``stage_weights``.
-        stage_weights: ``None``: each stage weighs ``stage_ratio`` times the one before it, in all 1.
+        stage_weights: ``None``: all alike, in all 1 (where ``stages_share_weight``) or each 1.
             A sequence: the weights as given, one a stage pair, in all as given.
             ``"learnt"``: starting alike and learnt by uncertainty (Kendall et al., arXiv 1705.07115).
         ce_weight: See `Method`.
@@ -26,12 +26,12 @@ class FeatureMethod(Method):
         temperature: See `Method`.
 
     Attributes:
-        stage_ratio: Late stages count most, by this factor from one to the next; ``None``: each weighs 1.
+        stages_share_weight: Whether the stages' weights are by default 1 in all, or each 1.
         term: The name of the method's terms.
     """
 
-    automatic_stages: ClassVar[int] = 2
-    stage_ratio: ClassVar[float | None] = 3.0
+    automatic_stages: ClassVar[int] = 4
+    stages_share_weight: ClassVar[bool] = True
     term: ClassVar[str]
 
     def __init__(
@@ -68,17 +68,11 @@ class FeatureMethod(Method):
         if self.stage_weights == "learnt":
             return [1 / count] * count
         if self.stage_weights is None:
-            return self._default_weights(count)
+            return [1 / count if self.stages_share_weight else 1.0] * count
         weights = [positive("stage_weights", float(weight)) for weight in self.stage_weights]
         if len(weights) != count:
             raise ValueError(f"stage_weights={tuple(weights)} has {len(weights)} entries for {count} stage pairs.")
         return weights
-
-    def _default_weights(self, count: int) -> list[float]:
-        if self.stage_ratio is None:
-            return [1.0] * count
-        growing = [self.stage_ratio**index for index in range(count)]
-        return [weight / sum(growing) for weight in growing]
 
     def _term_name(self, pair: StagePair) -> str:
         of_student = [other for other in self.pairs or () if other.student.name == pair.student.name]
@@ -127,7 +121,7 @@ class PooledMethod(FeatureMethod):
     """Base of methods that compare one vector an image: what stands before the classifiers, or stages averaged."""
 
     automatic_stages: ClassVar[int] = 1
-    stage_ratio: ClassVar[float | None] = None
+    stages_share_weight: ClassVar[bool] = False
 
     @property
     def needs_batch(self) -> bool:

@@ -32,8 +32,7 @@ class FitNet(FeatureMethod):
     """
 
     term = "fitnet"
-    automatic_stages = 4
-    stage_ratio = None
+    stages_share_weight = False
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the convolutions for these stage pairs; see `Method.bind`."""

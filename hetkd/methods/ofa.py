@@ -39,8 +39,7 @@ class OFA(FeatureMethod):
 
     term = "ofa"
     logit_term = "ofa"
-    automatic_stages = 4
-    stage_ratio = None
+    stages_share_weight = False
     uses_teacher_maps = False
 
     def __init__(

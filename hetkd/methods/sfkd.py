@@ -54,7 +54,8 @@ class SFKD(FeatureMethod):
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages.
-        stage_weights: ``None`` (late stages count most), one number a stage pair, or ``"learnt"``.
+        stage_weights: ``None`` (all alike, in all 1), one number a stage pair, or ``"learnt"``.
+        grid: Most pixels a side of the common grid.
         levels: J, 0 to 3; ``None``: 2, or fewer on small grids, so that the coarsest band has 2 x 2 pixels or more.
         wavelet: An orthogonal wavelet of PyWavelets, by name.
         ds2s: ``"full"``, ``"lite"`` (on a few mixtures of the channels) or ``None`` (no refinement).
@@ -84,6 +85,7 @@ class SFKD(FeatureMethod):
         *,
         feature_weight: float = 20.0,
         stage_weights: Sequence[float] | str | None = None,
+        grid: int = 8,
         levels: int | None = None,
         wavelet: str = "haar",
         ds2s: str | None = "full",
@@ -113,7 +115,7 @@ class SFKD(FeatureMethod):
         if refinement_stages not in (0, 1, 2):
             raise ValueError(f"refinement_stages={refinement_stages} must be 0, 1 or 2.")
         check_wavelet(wavelet)
-        self.levels, self.wavelet, self.keep = levels, wavelet, keep
+        self.grid, self.levels, self.wavelet, self.keep = whole_number("grid", grid), levels, wavelet, keep
         self.ds2s = None if ds2s is None else choice("ds2s", ds2s, ["full", "lite"])
         self.streams = choice("streams", streams, ["both", "spatial", "spectral"])
         self.refinement_stages = refinement_stages
@@ -142,7 +144,7 @@ class SFKD(FeatureMethod):
         self._check_levels(pairs)
         self._levels = [self._levels_of(pair) for pair in pairs]
         self._grids = [
-            common_grid(pair.teacher.grid, pair.student.grid, 2**levels)
+            common_grid(pair.teacher.grid, pair.student.grid, 2**levels, self.grid)
             for pair, levels in zip(pairs, self._levels, strict=True)
         ]
         self._keeps = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.adapter import Stage, StagePair
+from hetkd.grid import to_grid
 from hetkd.methods.base import register_method, whole_number
 from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
 from hetkd.methods.linear import LinearMap, mix_channels
@@ -22,6 +23,8 @@ from hetkd.methods.matching import (
 )
 from hetkd.names import choice
 from hetkd.spectral import amplitude, half_plane_window, low_frequencies
+
+_GRID = 8
 
 
 @register_method("uhkd")
@@ -42,7 +45,7 @@ class UHKD(FeatureMethod):
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages.
-        stage_weights: ``None`` (late stages count most), one number a stage pair, or ``"learnt"``.
+        stage_weights: ``None`` (all alike, in all 1), one number a stage pair, or ``"learnt"``.
         keep: K, frequencies kept per axis; ``None``: 5, or fewer on a smaller grid.
         spectrum: ``"complex"``: real and imaginary parts; ``"amplitude"``: invariant to circular shifts.
         compression: Of the amplitudes: ``"none"``, ``"log"`` (log(1 + a)) or ``"power"`` (square
@@ -152,6 +155,8 @@ class UHKD(FeatureMethod):
 class FAM(nn.Module):
     """Feature Alignment Module: the student's map to compressed frequency coefficients of the teacher's width.
 
+    Early maps are resampled to 8 x 8 pixels first, which is enough for low frequencies and costs little.
+
     Args:
         stage: Of the student: its C channels, its grid.
         width: D, the channels to compare.
@@ -162,10 +167,11 @@ class FAM(nn.Module):
     def __init__(self, stage: Stage, width: int, keep: int, method: UHKD) -> None:
         super().__init__()
         self.compress = method.compress
-        self.spectrum = LinearMap(partial(spectrum_per_pixel, keep=keep), stage.grid)
+        self.grid = (min(stage.height, max(_GRID, keep)), min(stage.width, max(_GRID, keep)))
+        self.spectrum = LinearMap(partial(spectrum_per_pixel, keep=keep), self.grid)
         self.layers = nn.Sequential(nn.Conv2d(stage.channels, width, kernel_size=1), nn.GroupNorm(1, width), nn.GELU())
         self.mix = nn.Conv2d(width, width, kernel_size=1)
-        constant = spectrum_per_pixel(torch.ones(1, 1, *stage.grid), keep)[0]
+        constant = spectrum_per_pixel(torch.ones(1, 1, *self.grid), keep)[0]
         self.register_buffer("constant", constant, persistent=False)
         parts = (2,) if method.spectrum == "complex" else ()
         self.gain = nn.Parameter(torch.zeros(width, keep, keep // 2 + 1, *(1 for _ in parts)))
@@ -173,7 +179,8 @@ class FAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, C, h, w]`` to ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
-        return self.compress(self._mixed(self.spectrum(self.layers(x)))) * (1 + self.gain) + self.bias
+        spectrum = self.spectrum(self.layers(to_grid(x, self.grid)))
+        return self.compress(self._mixed(spectrum)) * (1 + self.gain) + self.bias
 
     def _mixed(self, spectrum: Tensor) -> Tensor:
         """Applies the second convolution, which commutes with the spectrum, to its few coefficients."""
