@@ -74,7 +74,7 @@ def make_accelerator(options: TrainingOptions, folder: Path | None) -> Any:
 
 @atexit.register
 def _end_gloo() -> None:
-    """Ends Gloo's threads before the interpreter ends: one that frees a tensor later aborts the process (pytorch#179291)."""
+    """Ends Gloo's threads before the interpreter: one that frees a tensor later aborts the process (pytorch#179291)."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
