@@ -49,6 +49,7 @@ CLASSES, EVALUATIONS = 100, 5
 PIXELS = {"dinov2_s": 56, "lite0": 96, "resnet_slim": 32, "deit_slim": 32}
 TEACHERS = {"dinov2_s": "vit_small_patch14_dinov2", "lite0": "tf_efficientnet_lite0"}
 PAIRS = ["dinov2_s:resnet_slim", "lite0:deit_slim"]
+HOMOGENEOUS = "lite0:resnet_slim"
 ABLATIONS = [
     "ce",
     "sfkd",
@@ -61,8 +62,11 @@ ABLATIONS = [
     "sfkd:refinement_stages=1",
     "sfkd:levels=0",
     "sfkd:levels=1",
+    "sfkd:levels=2",
     "sfkd:stages=[3]",
-    "sfkd:stages=[0,1,2,3]",
+    "sfkd:stages=[2,3]",
+    "sfkd:stages=[0,1]",
+    "sfkd:stage_weights=[0.025,0.075,0.225,0.675]",
     "uhkd",
     "uhkd:stages=[3]",
     "uhkd:keep=1",
@@ -320,7 +324,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["record", "try", "final", "scarce", "ablations"])
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS, metavar="PAIR", help=f"of {PAIRS}")
+    pairs = [*PAIRS, HOMOGENEOUS]
+    parser.add_argument("--pairs", nargs="+", choices=pairs, default=PAIRS, metavar="PAIR", help=f"of {pairs}")
     parser.add_argument("--methods", nargs="+", metavar="NAME[:OPTION=VALUE,...]")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=PROTOCOL["epochs"])

@@ -61,6 +61,11 @@ def name_of(row: Row) -> str:
     return f"{row['method']} ({options})" if options else row["method"]
 
 
+def pairs_of(rows: Sequence[Row]) -> list[str]:
+    """Returns the pairs that there are rows for."""
+    return list(dict.fromkeys(row["pair"] for row in rows))
+
+
 def tables(rows: Sequence[Row]) -> str:
     """Returns all tables as Markdown."""
     parts = []
@@ -73,7 +78,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 def _results(rows: Sequence[Row], score: str) -> str:
     """Returns a table: a line a method, mean and spread over the seeds for each pair, gain over ce paired by seed."""
-    pairs = [pair for pair in PAIRS if any(row["pair"] == pair for row in rows)]
+    pairs = pairs_of(rows)
     heads = [f"{pair.replace(':', ' -> ')} | gain" for pair in pairs]
     lines = [
         f"| method | {' | '.join(heads)} | mean gain | added parameters | time, ce = 1 |",
@@ -109,7 +114,7 @@ def _signed(values: Sequence[float]) -> str:
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
     """Draws validation accuracy over epochs, the mean over the seeds, a panel a pair."""
-    pairs = [pair for pair in PAIRS if any(row["pair"] == pair for row in rows)]
+    pairs = pairs_of(rows)
     figure, panels = _panels(len(pairs))
     others = _best_others(rows)
     for panel, pair in zip(panels[0], pairs, strict=True):
@@ -138,7 +143,7 @@ def _best_others(rows: Sequence[Row]) -> list[str]:
 
 def draw_cost(rows: Sequence[Row], path: Path) -> None:
     """Draws mean test accuracy against the time of a run, a panel a pair."""
-    pairs = [pair for pair in PAIRS if any(row["pair"] == pair for row in rows)]
+    pairs = pairs_of(rows)
     figure, panels = _panels(len(pairs))
     for panel, pair in zip(panels[0], pairs, strict=True):
         of_pair = [row for row in rows if row["pair"] == pair]

@@ -174,8 +174,10 @@ class Combined(Composite):
             )
         with_kl = [(w, m) for w, m in zip(factors, made, strict=True) if _has_plain_kl(m)]
         if len({m.temperature for _, m in with_kl}) > 1:
+            theirs = ", ".join(f"{type(m).__name__} (T = {m.temperature:g})" for _, m in with_kl)
             raise ValueError(
-                "the methods have KL divergences of different temperature: set kd_weight=0 in all but one."
+                f"the methods have KL divergences of different temperature: {theirs}. Give them the same one, or set "
+                f"kd_weight=0 in all but one: method=[{type(with_kl[0][1]).__name__}(temperature=...), ...]."
             )
         ce_weight = max(method.ce_weight for method in made)
         kd_weight = max((w * m.kd_weight for w, m in with_kl), default=0.0)

@@ -101,7 +101,7 @@ class SFKD(FeatureMethod):
         reduction: str = "orthogonal",
         ce_weight: float = 1.0,
         kd_weight: float = 1.0,
-        temperature: float = 1.0,
+        temperature: float = 4.0,
     ) -> None:
         super().__init__(
             feature_weight=feature_weight,
