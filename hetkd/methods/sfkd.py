@@ -83,7 +83,7 @@ class SFKD(FeatureMethod):
     def __init__(
         self,
         *,
-        feature_weight: float = 20.0,
+        feature_weight: float = 100.0,
         stage_weights: Sequence[float] | str | None = None,
         grid: int = 8,
         levels: int | None = None,

@@ -67,7 +67,7 @@ class UHKD(FeatureMethod):
     def __init__(
         self,
         *,
-        feature_weight: float = 10.0,
+        feature_weight: float = 100.0,
         stage_weights: Sequence[float] | str | None = None,
         keep: int | None = None,
         spectrum: str = "complex",
