@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from results import BLUE, GRAY, Row, read_rows
-from study import CLASSES, PAIRS, PIXELS, Split, load_split, load_teacher, student_path
+from study import CLASSES, HOMOGENEOUS, PAIRS, PIXELS, Split, load_split, load_teacher, student_path
 from torch import Tensor, nn
 from zoo import build
 
@@ -63,7 +63,7 @@ def name_of(row: Row) -> str:
 
 def pairs_of(rows: Sequence[Row]) -> list[str]:
     """Returns the pairs that there are rows for."""
-    return list(dict.fromkeys(row["pair"] for row in rows))
+    return [pair for pair in (*PAIRS, HOMOGENEOUS) if any(row["pair"] == pair for row in rows)]
 
 
 def tables(rows: Sequence[Row]) -> str:
