@@ -72,7 +72,10 @@ ABLATIONS = [
     "uhkd:keep=1",
     'uhkd:spectrum="amplitude"',
 ]
-FINAL = ["ce", "kd", "dkd", "dist", "fitnet", "cc", "crd", "ofa", "rsd", "uhkd", "sfkd"]
+FINAL = [
+    *("ce", "kd", "kd:temperature=4.0", "dkd", "dist", "fitnet", "cc", "crd", "ofa", "rsd"),
+    *("uhkd", "sfkd", 'sfkd:ds2s="lite"'),
+]
 
 
 @dataclass(frozen=True)
