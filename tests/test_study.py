@@ -52,9 +52,9 @@ def test_runs_tables_and_pictures(small):
         for method in ("ce", "kd", "fitnet", "uhkd", "sfkd"):
             job = study.Job(pair, *study.parse_method(method), kind="final", epochs=2)
             rows.append(study.train(job, small / "recorded", small / "students"))
-    job = study.Job(PAIR, *study.parse_method("sfkd:levels=0,stage_weights=[1, 2]"), kind="ablation", epochs=2)
+    job = study.Job(PAIR, *study.parse_method("sfkd:levels=0,stage_weights=[1,2,3,4]"), kind="ablation", epochs=2)
     rows.append(study.train(job, small / "recorded", small / "students"))
-    assert rows[-1]["options"] == {"levels": 0, "stage_weights": [1, 2]}
+    assert rows[-1]["options"] == {"levels": 0, "stage_weights": [1, 2, 3, 4]}
     again = study.train(study.Job(PAIR, "sfkd", kind="final", epochs=2), small / "recorded", small / "students")
     assert again["curve"] == next(row["curve"] for row in rows if row["key"] == again["key"])
     runs = small / "runs.jsonl"
@@ -64,7 +64,7 @@ def test_runs_tables_and_pictures(small):
     text = (small / "tables.md").read_text()
     gain = rows[1]["test"] - rows[0]["test"]
     assert f"| kd | {rows[1]['test']:.2f} (1) | {gain:+.2f} |" in text
-    assert "sfkd (levels=0, stage_weights=[1, 2])" in text
+    assert "sfkd (levels=0, stage_weights=[1,2,3,4])" in text
     for name in ("curves", "cost", "cka", "bands"):
         assert (small / f"{name}.png").stat().st_size > 5_000
 

@@ -261,13 +261,15 @@ class SFKD(FeatureMethod):
 
     def _refined_spectrum(self, index: int, x: Tensor) -> Tensor:
         """Returns the low frequencies of `refined_feature`, without making it."""
-        aligned, refine = self._aligned(index, x), self.refine[index]
+        refine, spectra = self.refine[index], self.student_spectra[index]
         if isinstance(refine, DS2S):
-            return self._recombined_spectrum(index, refine, aligned)
-        spectrum: Tensor = self.student_spectra[index](aligned)
+            return self._recombined_spectrum(index, refine, self._aligned(index, x))
+        # Mixing channels commutes with mixing pixels: the projection works on few coefficients, or for few mixtures.
+        x, projection = self._on_fewer_pixels(index, x), cast(Tensor, self.project[index].weight).flatten(1)
+        spectrum = mix_channels(projection, spectra(x))
         if isinstance(refine, LiteDS2S):
-            few = mix_channels(refine.reduce, aligned)
-            change = self._recombined_spectrum(index, refine.refine, few) - self.student_spectra[index](few)
+            few = mix_channels(refine.reduce @ projection, x)
+            change = self._recombined_spectrum(index, refine.refine, few) - spectra(few)
             spectrum = spectrum + mix_channels(refine.expand, change)
         return spectrum
 
@@ -277,10 +279,12 @@ class SFKD(FeatureMethod):
         return torch.stack([merge(group) for merge, group in zip(merges, groups, strict=True)]).sum(0)
 
     def _aligned(self, index: int, x: Tensor) -> Tensor:
-        """Projects the student's map where there are fewer pixels: on its own grid, or on the common one."""
-        x = x if self._aligns_first(index, (x.shape[-2], x.shape[-1])) else to_grid(x, self._grids[index])
-        aligned: Tensor = self.project[index](x)
+        aligned: Tensor = self.project[index](self._on_fewer_pixels(index, x))
         return aligned
+
+    def _on_fewer_pixels(self, index: int, x: Tensor) -> Tensor:
+        """Returns the student's map on its own grid or on the common one, where there are fewer pixels."""
+        return x if self._aligns_first(index, (x.shape[-2], x.shape[-1])) else to_grid(x, self._grids[index])
 
     def _aligns_first(self, index: int, native: tuple[int, int]) -> bool:
         return math.prod(native) <= math.prod(self._grids[index])
