@@ -64,7 +64,7 @@ def test_runs_tables_and_pictures(small):
     text = (small / "tables.md").read_text()
     gain = rows[1]["test"] - rows[0]["test"]
     assert f"| kd | {rows[1]['test']:.2f} (1) | {gain:+.2f} |" in text
-    assert "sfkd (levels=0, stage_weights=[1,2,3,4])" in text
+    assert "sfkd (levels=0, stage_weights=[1, 2, 3, 4])" in text
     for name in ("curves", "cost", "cka", "bands"):
         assert (small / f"{name}.png").stat().st_size > 5_000
 

@@ -27,13 +27,20 @@ def standardize_batch(x: Tensor, *, is_complex: bool = False, eps: float = _EPS)
     Raises:
         ValueError: If the batch of all processes has a single image.
     """
-    centred = x - _batch_mean(x)
+    centred, variance, floor = _centre(x, is_complex, eps)
+    return centred * (variance + floor).rsqrt()
+
+
+def _centre(x: Tensor, is_complex: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns coefficients without their mean over the batch, their variance, and the least variance that counts."""
+    mean = _batch_mean(x)
+    centred = x - mean
     variance = _batch_mean(centred.square())
-    if is_complex:
-        variance = variance.sum(-1, keepdim=True)
     # Rounding noise on a constant coefficient is no variance.
-    floor = _RELATIVE_EPS * _batch_mean(x.square()) + eps
-    return centred * (variance + (floor.sum(-1, keepdim=True) if is_complex else floor)).rsqrt()
+    floor = _RELATIVE_EPS * (variance + mean.square()) + eps
+    if is_complex:
+        variance, floor = variance.sum(-1, keepdim=True), floor.sum(-1, keepdim=True)
+    return centred, variance, floor
 
 
 def correlation_loss(
@@ -63,13 +70,14 @@ def correlation_loss(
     """
     if not is_complex:
         student, target = student.unsqueeze(-1), target.unsqueeze(-1)
-    student = standardize_batch(student, is_complex=True)
-    target = standardize_batch(target, is_complex=True, eps=TARGET_EPS)
-    correlation = _batch_mean(student * target).sum(-1)
-    weight = weight * (_batch_mean(target.square()).sum(-1) > 0.5)
+    student, student_variance, student_floor = _centre(student, True, _EPS)
+    target, target_variance, target_floor = _centre(target, True, TARGET_EPS)
+    student_scale, target_scale = (student_variance + student_floor).rsqrt(), (target_variance + target_floor).rsqrt()
+    correlation = _batch_mean(student * target).sum(-1) * (student_scale * target_scale).squeeze(-1)
+    weight = weight * (target_variance > target_floor).squeeze(-1)
     loss = (weight * (1 - correlation).square()).sum() / weight.sum().clamp_min(_EPS)
     if decorrelation:
-        loss = loss + decorrelation * _off_diagonal(student, target, weight)
+        loss = loss + decorrelation * _off_diagonal(student * student_scale, target * target_scale, weight)
     return loss
 
 
