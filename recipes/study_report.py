@@ -119,7 +119,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     others = _best_others(rows)
     for panel, pair in zip(panels[0], pairs, strict=True):
         for method in (*SHOWN, *others):
-            curves = [row["curve"] for row in rows if row["pair"] == pair and row["method"] == method]
+            curves = [row["curve"] for row in rows if row["pair"] == pair and name_of(row) == method]
             if not curves:
                 continue
             epochs = [epoch for epoch, _ in curves[0]]
@@ -136,24 +136,28 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
 
 def _best_others(rows: Sequence[Row]) -> list[str]:
     """Returns the baseline with the best mean, beside those that are shown anyway."""
-    others = dict.fromkeys(row["method"] for row in rows if row["method"] not in SHOWN)
-    means = {name: statistics.mean(row["test"] for row in rows if row["method"] == name) for name in others}
+    others = dict.fromkeys(name_of(row) for row in rows if row["method"] not in SHOWN)
+    means = {name: statistics.mean(row["test"] for row in rows if name_of(row) == name) for name in others}
     return sorted(means, key=lambda name: -means[name])[:1]
 
 
 def draw_cost(rows: Sequence[Row], path: Path) -> None:
     """Draws mean test accuracy against the time of a run, a panel a pair."""
     pairs = pairs_of(rows)
-    figure, panels = _panels(len(pairs))
+    figure, panels = _panels(len(pairs), width=6.4)
     for panel, pair in zip(panels[0], pairs, strict=True):
         of_pair = [row for row in rows if row["pair"] == pair]
         floor = statistics.median(row["seconds"] for row in of_pair if row["method"] == "ce")
-        for method in dict.fromkeys(row["method"] for row in of_pair):
-            of_method = [row for row in of_pair if row["method"] == method]
-            x = statistics.median(row["seconds"] for row in of_method) / floor
-            y = statistics.mean(row["test"] for row in of_method)
+        points = []
+        for name in dict.fromkeys(name_of(row) for row in of_pair):
+            of_name = [row for row in of_pair if name_of(row) == name]
+            x = statistics.median(row["seconds"] for row in of_name) / floor
+            points.append((x, statistics.mean(row["test"] for row in of_name), name, of_name[0]["method"]))
+        for index, (x, y, name, method) in enumerate(sorted(points)):
             panel.plot([x], [y], "o", color=COLOURS.get(method, GREEN))
-            panel.annotate(method, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=9)
+            offset = (5, 3 if index % 2 else -10)  # neighbours' labels do not meet
+            panel.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=8)
+        panel.margins(x=0.2)
         panel.set_title(pair.replace(":", " → "), fontsize=11)
         panel.set_xlabel("time of a run, ce = 1 (teacher recorded)")
         panel.set_ylabel("test top-1, %")
@@ -164,6 +168,9 @@ def draw_features(students: Path, teachers: Path, output: Path) -> None:
     """Draws what features look like on validation images: CKA of all stages, and energies of sub-bands."""
     split, similarities, energies = load_split(), {}, {}
     for pair in PAIRS:
+        if not all(student_path(students, pair, method).exists() for method in SHOWN):
+            print(f"{pair}: {students} has not the students of {', '.join(SHOWN)}, so its features are not drawn")
+            continue
         teacher_name, student_name = pair.split(":")
         maps = {"teacher": stage_maps(*load_teacher(teacher_name, teachers), split)}
         for what in ("untrained", *SHOWN):

@@ -507,7 +507,7 @@ class TestCombined:
     def test_terms_add_up_and_what_is_common_counts_once(self):
         teacher, student = tiny_vit(), tiny_cnn()
         nn.init.normal_(teacher.head.weight)
-        distiller = Distiller(teacher, student, ["kd", SFKD(), "rsd"], input_size=32)
+        distiller = Distiller(teacher, student, ["kd", SFKD(temperature=1), "rsd"], input_size=32)
         images, labels = batch()
         output = distiller(images, labels)
         assert list(output.terms)[:2] == ["ce", "kd"]
@@ -530,7 +530,7 @@ class TestCombined:
         torch.testing.assert_close(second["rkd.pooled"], 0.5 * first["rkd.pooled"])
 
     def test_methods_of_the_user_are_left_as_they_were(self):
-        kd, sfkd = KD(), SFKD()
+        kd, sfkd = KD(temperature=4), SFKD()
         Distiller(tiny_vit(), tiny_cnn(), [kd, sfkd], input_size=32)
         assert kd.kd_weight == sfkd.kd_weight == sfkd.ce_weight == 1
         assert sfkd.pairs is None
@@ -569,7 +569,7 @@ class TestCombined:
         [
             ([], None, "no methods"),
             (["kd", "kd"], None, "KD more than once"),
-            (["kd", SFKD(temperature=4)], None, "different temperature"),
+            (["kd", "sfkd"], None, "KD .T = 1., SFKD .T = 4."),
             (["kd", "rsd"], [1], "1 entries for 2 methods"),
             (["kd", "rsd"], [1, -1], "weights=-1"),
             (["kd", "rds"], None, "'rsd'"),
@@ -596,7 +596,8 @@ class TestSeveralTeachers:
     def test_each_teaches_by_a_copy_of_the_method(self):
         first, second = self.teachers()
         student = tiny_norm_free()
-        distiller = Distiller([first, second], student, "sfkd", teacher_weights=[0.25, 0.75], input_size=64)
+        options = {"teacher_weights": [0.25, 0.75], "temperature": 1, "input_size": 64}
+        distiller = Distiller([first, second], student, "sfkd", **options)
         images, labels = batch()
         terms = distiller(images, labels).terms
         assert next(iter(terms)) == "ce"
