@@ -91,7 +91,7 @@ CASES = {
     "refinement": (lambda: make(refinement_stages=3), ValueError, "refinement_stages=3 must be 0, 1 or 2"),
     "temperature": (lambda: make(temperature=0), ValueError, "temperature=0 must be positive"),
     "weight": (lambda: make(feature_weight=math.nan), ValueError, "feature_weight=nan"),
-    "stage_weights count": (lambda: make(stage_weights=(1, 2, 3)), ValueError, "has 3 entries for 2 stage pairs"),
+    "stage_weights count": (lambda: make(stage_weights=(1, 2, 3)), ValueError, "has 3 entries for 4 stage pairs"),
     "stage_weights word": (lambda: make(stage_weights="learned"), ValueError, "did you mean 'learnt'"),
     "decorrelation": (lambda: make(decorrelation=0.1, normalize="sample"), ValueError, "decorrelation needs"),
     "kd_weight": (lambda: make(method="kd", kd_weight=0.0), ValueError, "kd_weight=0 leaves method 'kd'"),
