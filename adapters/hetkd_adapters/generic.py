@@ -83,7 +83,8 @@ class GenericAdapter(HookAdapter):
             x = self.to_map(output, model, images)
         except (RuntimeError, ValueError, TypeError):
             return False
-        return x.ndim == 4 and x.shape[0] == images.shape[0] and x.shape[2:] != (1, 1)
+        is_map = x.ndim == 4 and x.shape[0] == images.shape[0] and x.shape[2:] != (1, 1)
+        return is_map and x.shape != images.shape  # what a normalisation returns is still the image
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
