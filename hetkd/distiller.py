@@ -250,7 +250,8 @@ class Distiller(nn.Module):
             ValueError: If images have a wrong rank, channel count or range, or labels a wrong shape or range.
         """
         self._check(images, labels)
-        if self.training and self.method.needs_batch and len(images) * world_size() < 2:
+        compared = len(images) if self.method.batch_is_local else len(images) * world_size()
+        if self.training and self.method.needs_batch and compared < 2:
             raise ValueError(
                 f"a batch of one image has no statistics, which {self.method.title} needs: use larger batches "
                 "(drop_last=True for the last one)."
@@ -361,7 +362,7 @@ class Distiller(nn.Module):
 
         ``fit(train, teacher_cache=path)`` then trains from it without running the teacher: epoch e takes view
         e modulo ``views``. Augmentation is a pure function of (seed, view, image), so the student sees what the teacher
-        saw. Stopped and called again, it goes on.
+        saw. Stopped and called again, it goes on. It runs where `fit` would train: on the accelerator, if there is one.
 
         Args:
             train: As for `fit`, but no loader.
@@ -389,6 +390,8 @@ class Distiller(nn.Module):
         size, spec = self.loading_size, self.student_inputs.spec
         skip = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
         dataset = make_dataset(train, what="train", spec=spec, size=size, train=True, seed=seed, skip_unreadable=skip)
+        if torch.accelerator.is_available():
+            self.to(torch.accelerator.current_accelerator())
         write_cache(
             self,
             as_single_images(dataset, "train", seed),
@@ -486,7 +489,7 @@ def _teacher_taps(
     for number, teacher in enumerate(teachers):
         role = "teacher" if len(teachers) == 1 else f"teacher{number}"
         if isinstance(teacher, RecordedTeacher):
-            taps.append(RecordedTap(role, teacher, normalized))
+            taps.append(RecordedTap(role, teacher, sizes[number], normalized))
             continue
         model = load_model(teacher) if isinstance(teacher, str) else teacher
         if not isinstance(model, nn.Module):

@@ -106,6 +106,7 @@ def _resampling(old: int, new: int, dtype: torch.dtype, device: torch.device) ->
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a tensor of inference mode could not be used in training later
 def _resampling_matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns the matrix ``[new, old]`` of the interpolation; applied as such it is three times faster on a CPU."""
     lines = torch.eye(old, dtype=torch.float64)[:, None, None, :]

@@ -131,7 +131,7 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
     if not pretrained:
         classes = {} if num_classes is None else {"num_classes": num_classes}
         model: Any = torchvision.models.get_model(name, weights=None, **classes, **kwargs)
-        model.input_settings = settings
+        model.input_settings = {**settings, "size": getattr(model, "image_size", crop)}
         return model
     classes_of_weights = len(weights.meta["categories"])
     if num_classes not in (None, classes_of_weights):
@@ -139,7 +139,8 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
             f"torchvision's weights of {name!r} have {classes_of_weights} classes, not num_classes={num_classes}: "
             "pass pretrained=False, or replace the head of the loaded model."
         )
-    model = torchvision.models.get_model(name, weights=None, num_classes=classes_of_weights, **kwargs)
+    own = {**_torchvision_arguments(name, weights), **kwargs}
+    model = torchvision.models.get_model(name, weights=None, num_classes=classes_of_weights, **own)
     state = _fetched(
         f"torchvision:{name}",
         True,
@@ -148,6 +149,13 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
     model.load_state_dict(state)
     model.input_settings = settings
     return model
+
+
+def _torchvision_arguments(name: str, weights: Any) -> dict[str, Any]:
+    """Returns what torchvision's builders set when they are given weights, which they would unpickle."""
+    if name in ("googlenet", "inception_v3"):
+        return {"transform_input": True, "init_weights": False}
+    return {"image_size": weights.meta["min_size"][0]} if name.startswith("vit_") else {}
 
 
 def _hugging_face_model(name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

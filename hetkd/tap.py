@@ -191,7 +191,14 @@ class Tap:
 class RecordedTap(Tap):
     """A teacher of which only the cache is here: its stages are known, and it cannot be run."""
 
-    def __init__(self, role: str, recorded: RecordedTeacher, normalized: Normalization | None) -> None:
+    def __init__(
+        self, role: str, recorded: RecordedTeacher, size: Size | None, normalized: Normalization | None
+    ) -> None:
+        if size is not None and _as_size(size) != recorded.size:
+            raise ValueError(
+                f"input_size has {size!r} for the {role}, but the cache {recorded.cache!r} was made at "
+                f"{recorded.size[0]} x {recorded.size[1]}: leave it out."
+            )
         self.role, self.recorded, self.model = role, recorded, nn.Identity()
         self.spec, self.size = recorded.spec, recorded.size
         self.stages, self.classes, self.pooled = list(recorded.stages), recorded.classes, recorded.pooled

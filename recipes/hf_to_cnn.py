@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from hub import hub_splits
 from rich.console import Console
 from timm.models import save_for_hf
 from torch import nn
@@ -69,18 +70,11 @@ def load_splits(dataset: str) -> tuple[Any, Any, list[str]]:
                 f"--dataset {dataset!r} needs the folders train/ and val/, one folder of images a class each."
             )
         return str(splits["train"]), str(splits["val"]), ImageFolder(str(splits["train"])).classes
-    try:
-        import datasets
-    except ImportError:
-        raise SystemExit(f"--dataset {dataset!r} needs Hugging Face's datasets: pip install datasets.") from None
-    found = datasets.load_dataset(dataset.removeprefix("hf:"))
-    val = next((split for split in ("validation", "test", "val") if split in found), None)
-    if "train" not in found or val is None:
-        raise SystemExit(f"--dataset {dataset!r} has the splits {list(found)}; it needs train and validation or test.")
-    labels = [f for f in found["train"].features.values() if type(f).__name__ == "ClassLabel"]
+    train, val = hub_splits(dataset, "--dataset")
+    labels = [feature for feature in train.features.values() if type(feature).__name__ == "ClassLabel"]
     if not labels:
-        raise SystemExit(f"--dataset {dataset!r} has no class labels: {list(found['train'].features)}.")
-    return found["train"], found[val], list(labels[0].names)
+        raise SystemExit(f"--dataset {dataset!r} has no class labels: {list(train.features)}.")
+    return train, val, list(labels[0].names)
 
 
 def teacher_classes(teacher: Any) -> int | None:

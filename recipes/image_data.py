@@ -20,6 +20,7 @@ import fashion
 import kornia.augmentation as K
 import numpy as np
 import torch
+from hub import hub_splits
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR100, ImageFolder
@@ -138,21 +139,14 @@ def _folder(path: Path, pixels: int) -> ImageData:
 
 
 def _hugging_face(name: str, pixels: int) -> ImageData:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(f"--dataset {name!r} needs Hugging Face's datasets: pip install datasets.") from error
-    found = datasets.load_dataset(name.removeprefix("hf:"))
-    test = next((split for split in ("test", "validation") if split in found), None)
-    if "train" not in found or test is None:
-        raise ValueError(f"--dataset {name!r} has the splits {list(found)}; it needs train and test or validation.")
-    features = found["train"].features
+    splits = hub_splits(name, "--dataset")
+    features = splits[0].features
     image, label = (_column(name, features, kind) for kind in ("Image", "ClassLabel"))
 
-    def pairs(split: str) -> Iterable[tuple[Any, int]]:
-        return ((sample[image], sample[label]) for sample in found[split])
+    def pairs(split: Any) -> Iterable[tuple[Any, int]]:
+        return ((sample[image], sample[label]) for sample in split)
 
-    train, evaluation = (_decode(pairs(split), len(found[split]), pixels, name) for split in ("train", test))
+    train, evaluation = (_decode(pairs(split), len(split), pixels, name) for split in splits)
     return ImageData(name, train, evaluation, features[label].num_classes)
 
 

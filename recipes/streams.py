@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hub import hub_splits, import_datasets
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hetkd.training.random_state import sample_seed, seeded
@@ -20,17 +21,11 @@ def open_streams(data: str) -> dict[str, Any]:
     The shards of a WebDataset are the folder's ``*train*.tar`` and ``*val*.tar``, with members KEY.jpg (or png, webp)
     and KEY.cls.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise SystemExit(f"--data {data!r} as a stream needs Hugging Face's datasets: pip install datasets.") from None
     kind, _, name = data.partition(":")
     if kind == "hf":
-        found = datasets.load_dataset(name, streaming=True)
-        val = next((found[split] for split in ("validation", "test", "val") if split in found), None)
-        if "train" not in found or val is None:
-            raise SystemExit(f"--data {data!r} has the splits {list(found)}; it needs train and validation or test.")
-        return {"train": found["train"], "val": val}
+        train, val = hub_splits(data, "--data", streaming=True)
+        return {"train": train, "val": val}
+    datasets = import_datasets(data, "--data")
     shards = {split: sorted(str(path) for path in Path(name).glob(f"*{split}*.tar")) for split in ("train", "val")}
     for split, files in shards.items():
         if not files:

@@ -149,7 +149,9 @@ def sharded(folder: Path) -> dict:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     units = []
     with configuration(DistributedType.FSDP, fsdp_plugin=plugin), watched(units):
-        return {"whole": training(augment=AtStep(0, broken)), **stopped(folder), "units": units}
+        results = {"whole": training(augment=AtStep(0, broken)), **stopped(folder), "units": units}
+        plugin.set_mixed_precision("bf16")  # as Accelerate does for an option of fit
+        return {**results, "bf16": training(mixed_precision="bf16")}
 
 
 @contextmanager
@@ -211,6 +213,7 @@ def main(out: Path) -> None:
             "stopped, too": stopped(folder / "stopped-too", checkpoint_steps=1, log_every=100),
             "undisturbed": training(augment=AtStep(0, broken)),
             "sharded": sharded(folder / "sharded"),
+            "bf16": training(mixed_precision="bf16"),
             "compiled": compiled(),
         }
     torch.save(results, out.with_name(f"{out.stem}-{PartialState().process_index}.pt"))

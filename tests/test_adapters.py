@@ -16,6 +16,7 @@ from hetkd import Distiller, HookAdapter, list_adapters, load_model, register_ad
 from hetkd.adapter import adapters, find_adapter, first_tensor, probe
 from hetkd.grid import common_grid, to_grid, tokens_to_map
 from hetkd.plan import choose_stages
+from hetkd.spectral import dwt2
 
 TIMM = [
     ("resnet18", "CNN", 64, [16, 8, 4, 2]),
@@ -497,6 +498,16 @@ def test_tokens_to_map_drops_prefix_tokens_and_keeps_order():
         tokens_to_map(tokens, (64, 64), 16)
     with pytest.raises(ValueError, match="do not form a grid"):
         tokens_to_map(torch.zeros(1, 3, 1), (16, 4800))
+
+
+def test_what_inference_mode_saw_first_trains_later():
+    x = torch.rand(2, 3, 22, 22, dtype=torch.float64)
+    with torch.inference_mode():
+        to_grid(x, (9, 9))
+        dwt2(x, "db3", 1)
+    x.requires_grad_()
+    (to_grid(x, (9, 9)).sum() + dwt2(x, "db3", 1).low.square().sum()).backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("sizes", [((14, 14), (16, 16)), ((7, 9), (4, 4)), ((5, 5), (8, 3))])

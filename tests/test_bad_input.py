@@ -10,7 +10,7 @@ import torch
 from conftest import batch, tiny_cnn, tiny_vit
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hetkd import KD, Distiller, load_model
 from hetkd.models import save_model
@@ -31,6 +31,11 @@ def fit(train=None, **kwargs) -> None:
 def step(images=None, labels=None, **kwargs) -> None:
     good = batch()
     make(**kwargs)(good[0] if images is None else images, good[1] if labels is None else labels)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return zip(*batch(8), strict=True)
 
 
 class NoHead(nn.Module):
@@ -81,6 +86,7 @@ CASES = {
     "input_size key": (lambda: make(input_size={"studnet": 64}), ValueError, "did you mean 'student'"),
     # option values
     "levels": (lambda: make(levels=4), ValueError, "levels=4 must be 0, 1, 2 or 3"),
+    "broken keep": (lambda: make(keep=2.5), ValueError, "keep=2.5 must be a whole number"),
     "levels too many": (lambda: make(levels=3), ValueError, r"levels=3 needs grids of at least 8 x 8.*use levels=1"),
     "keep": (lambda: make(keep=9), ValueError, "keep=9 must be between 1 and"),
     "keep uhkd": (lambda: make(method="uhkd", keep=9), ValueError, "keep=9 must be between 1 and"),
@@ -165,6 +171,17 @@ CASES = {
     ),
     "empty iterator": (lambda: fit(iter([]), scheduler="constant"), ValueError, "yields no batch"),
     "no length": (lambda: fit(iter([(X, Y)])), ValueError, "scheduler='constant'"),
+    "stream": (lambda: fit(DataLoader(Stream(), batch_size=4)), ValueError, "scheduler='constant'"),
+    "warm-up of a stream": (
+        lambda: fit(DataLoader(Stream(), batch_size=4), scheduler="constant", warmup_epochs=1),
+        ValueError,
+        "no warmup_epochs",
+    ),
+    "val without a classifier": (
+        lambda: make(student=tiny_cnn(num_classes=0), ce_weight=0.0, kd_weight=0.0).fit(X, (X, Y), epochs=1),
+        ValueError,
+        "no classifier to evaluate: leave val out",
+    ),
     "empty val": (lambda: fit(val=EMPTY), ValueError, "val is empty"),
     "missing folder": (lambda: fit("no/such/folder"), FileNotFoundError, "train='no/such/folder' is no folder"),
     "data type": (lambda: fit(3), TypeError, "train must be a folder, a dataset"),

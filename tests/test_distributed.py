@@ -95,6 +95,13 @@ def test_a_student_that_is_sharded_learns_the_same_and_resumes(one_and_two):
         assert_same(results["sharded"]["resumed"], first["sharded"]["whole"])
 
 
+def test_a_student_that_is_sharded_learns_the_same_in_half_precision(one_and_two):
+    _, (first, _) = one_and_two
+    assert_same(first["sharded"]["bf16"], first["bf16"], tolerance=5e-4)
+    with pytest.raises(AssertionError):  # and it is half precision
+        assert_same(first["bf16"], first["training"], tolerance=1e-7)
+
+
 @pytest.mark.parametrize("case", ["label-free", "middle stages"])
 def test_parameters_without_a_loss_do_not_hold_ddp_up(one_and_two, case):
     one, (two, _) = one_and_two

@@ -343,6 +343,17 @@ def test_stages_share_the_weight():
     assert bound(FitNet())._weights == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(("method_class", "start"), [(SFKD, 0.5), (FitNet, 1.0)])
+def test_learnt_weights_start_as_the_others(method_class, start):
+    assert bound(method_class(stage_weights="learnt"))._weights == [start, start]
+
+
+@pytest.mark.parametrize(("grid", "expected"), [(1, "1 x 1, 0 levels"), (4, "4 x 4, 1 level"), (6, "8 x 8, 2 levels")])
+def test_the_grid_bounds_the_levels(grid, expected):
+    pair = StagePair(Stage("t", 8, 16, 16), Stage("s", 8, 16, 16))
+    assert bound(SFKD(grid=grid), [pair]).describe(0).startswith(expected)
+
+
 def test_learnt_weights_follow_the_uncertainty():
     method = bound(SFKD(stage_weights="learnt", feature_weight=2.0))
     fixed = bound(SFKD(stage_weights=(0.5, 0.5), feature_weight=2.0))

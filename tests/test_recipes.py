@@ -427,7 +427,7 @@ def test_hugging_face_dataset_by_its_columns(monkeypatch):
         features = {"img": Image_(), "fine_label": label}
 
     samples = Split({"img": Image.new("L", (30, 20), 50 * index), "fine_label": index} for index in range(3))
-    module = types.SimpleNamespace(load_dataset=lambda name: {"train": samples, "test": samples})
+    module = types.SimpleNamespace(load_dataset=lambda name, streaming: {"train": samples, "test": samples})
     monkeypatch.setitem(sys.modules, "datasets", module)
     data = image_data.load_images("hf:someone/flowers", 16)
     assert data.classes == 3

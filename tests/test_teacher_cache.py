@@ -83,6 +83,8 @@ def test_the_cache_alone_refuses_what_it_does_not_hold(tmp_path, folder):
         Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "uhkd", input_size=32).fit(folder, epochs=1, **QUIET)
     with pytest.raises(ValueError, match="holds no cache"):
         Distiller("cache:nowhere", tiny_cnn(), "sfkd")
+    with pytest.raises(ValueError, match="was made at 32 x 32: leave it out"):
+        Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "sfkd", input_size={"teacher": 64, "student": 32})
 
 
 def test_tensors_and_few_logits(tmp_path):
@@ -173,6 +175,49 @@ def test_what_does_not_fit_is_refused(tmp_path, folder):
     (path / "index.json").write_text("{")
     with pytest.raises(ValueError, match=r"index\.json is damaged"):
         fit(make())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_other_images_for_the_teacher_are_refused(tmp_path, several):
+    torch.manual_seed(0)
+    data = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    teacher = tiny_vit(dynamic_img_size=True)
+
+    def made(pixels=32, **options) -> Distiller:
+        teachers, sizes = ([teacher, copy.deepcopy(teacher)], [32, pixels]) if several else (teacher, pixels)
+        return Distiller(teachers, tiny_cnn(), "kd", input_size={"teacher": sizes, "student": 32}, **options)
+
+    made().cache_teacher(data, tmp_path / "cache", progress=False)
+    options = {"epochs": 1, "batch_size": 8, "teacher_cache": tmp_path / "cache", **QUIET}
+    with pytest.raises(ValueError, match=r"teacher1? size was \[32, 32\] and is \[48, 48\]"):
+        made(48).fit(data, **options)
+    with pytest.raises(ValueError, match="another size or normalisation of the images"):
+        made(normalized=([0.5] * 3, [0.25] * 3)).fit(data, **options)
+    made().fit(data, **options)
+
+
+def test_a_cache_without_logits_is_refused_where_they_are_needed(tmp_path):
+    data = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    make(kd_weight=0.0).cache_teacher(data, tmp_path / "cache", progress=False)
+    with pytest.raises(ValueError, match="holds no logits"):
+        make().fit(data, epochs=1, batch_size=8, teacher_cache=tmp_path / "cache", **QUIET)
+
+
+def test_images_normalised_in_secret_are_not_cached(tmp_path):
+    with pytest.raises(ValueError, match="say so with Distiller"):
+        make().cache_teacher(torch.randn(16, 3, 32, 32), tmp_path / "cache", progress=False)
+
+
+def test_a_cache_goes_on_with_the_basis_it_began_with(tmp_path):
+    images = torch.rand(24, 3, 32, 32)
+    for name, again in (("whole", 4), ("cut", 16)):
+        make(reduction="pca", width=8).cache_teacher(images, tmp_path / name, views=2, batch_size=4, progress=False)
+        (tmp_path / name / "view001-00000.bin").unlink()
+        make(reduction="pca", width=8).cache_teacher(images, tmp_path / name, views=2, batch_size=again, progress=False)
+    of_whole, of_cut = (TeacherCache(tmp_path / name) for name in ("whole", "cut"))
+    for index in range(24):
+        ours, theirs = of_cut.record(1, index, images[index]), of_whole.record(1, index, images[index])
+        torch.testing.assert_close(ours["stage0"], theirs["stage0"], atol=2e-3, rtol=0)
 
 
 def test_images_that_cannot_be_read_are_counted_from_the_cache_too(tmp_path, folder):

@@ -18,7 +18,7 @@ from accelerate.tracking import GeneralTracker
 from conftest import REPOSITORY, batch, tiny_cnn, tiny_vit
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.transforms.functional import to_pil_image
 
 from hetkd import Distiller, load_model
@@ -157,6 +157,28 @@ def test_options_train_with_finite_terms(options):
         bright_or_dark(32), epochs=1, batch_size=16, warmup_epochs=0.5, optimizer="sgd", **options, **QUIET
     )
     assert all(value == value for value in result.history[0].values())
+
+
+def test_a_polynomial_schedule_is_a_straight_line():
+    result = make("kd").fit(bright_or_dark(8), epochs=4, batch_size=2, lr=1e-3, scheduler="poly", **QUIET)
+    assert [record["lr"] for record in result.history][:2] == pytest.approx([1e-3 * 13 / 16, 1e-3 * 9 / 16], rel=1e-2)
+
+
+def test_a_stream_trains_where_nothing_needs_its_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return zip(*bright_or_dark(16), strict=True)
+
+    result = make("kd").fit(DataLoader(Stream(), batch_size=8), epochs=1, scheduler="constant", **QUIET)
+    assert result.history[0]["train/kd"] > 0
+
+
+def test_a_refused_run_leaves_the_distiller_as_it_was():
+    distiller, (images, labels) = make("sfkd"), bright_or_dark(9)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+    with pytest.raises(ValueError, match="last batch of train has one image"):
+        distiller.fit(loader, epochs=1, mixed_precision="bf16", **QUIET)
+    assert distiller(images, labels).student_logits.dtype == torch.float32
 
 
 def test_precision_may_change_between_runs():

@@ -64,7 +64,7 @@ class GenericAdapter(HookAdapter):
         own = (own, own) if isinstance(own, int) else own
         if own is None or tuple(own) == images.shape[2:] or not _takes(model, "interpolate_pos_encoding"):
             return super().call(model, images)
-        return model(images, interpolate_pos_encoding=True)
+        return model._call_impl(images, interpolate_pos_encoding=True)
 
     def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
         """Turns NHWC (told by the image's aspect ratio), tokens and windows of tokens into ``[B, C, h, w]``."""

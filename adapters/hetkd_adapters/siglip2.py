@@ -30,7 +30,7 @@ class Siglip2Adapter(HookAdapter):
         size = getattr(config, "vision_config", config).patch_size
         batch, height, width = len(images), images.shape[2] // size, images.shape[3] // size
         patches = images.unflatten(3, (width, size)).unflatten(2, (height, size)).permute(0, 2, 4, 3, 5, 1)
-        return model(
+        return model._call_impl(
             pixel_values=patches.reshape(batch, height * width, -1),
             pixel_attention_mask=torch.ones(batch, height * width, dtype=torch.int32, device=images.device),
             spatial_shapes=torch.tensor([[height, width]], device=images.device).expand(batch, 2),

@@ -37,6 +37,7 @@ class Method(nn.Module, ABC):
             the user names none.
         uses_teacher_maps: Whether it looks at the teacher's maps at these stages.
         uses_distillation_token: Whether a student with a distillation token trains its classifier on it.
+        batch_is_local: Whether what it takes over the batch (`needs_batch`) is that of each process alone.
         logit_term: The name of the loss on logits among the terms.
         classes: Of the student, or ``None`` without a classifier; known before `bind`.
     """
@@ -44,6 +45,7 @@ class Method(nn.Module, ABC):
     automatic_stages: ClassVar[int] = 0
     uses_teacher_maps: bool = True
     uses_distillation_token: bool = False
+    batch_is_local: bool = False
     logit_term: ClassVar[str] = "kd"
 
     def __init__(self, *, ce_weight: float = 1.0, kd_weight: float = 1.0, temperature: float = 1.0) -> None:

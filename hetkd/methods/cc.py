@@ -43,6 +43,7 @@ class CC(PooledMethod):
         temperature: Of the KL divergence.
     """
 
+    batch_is_local = True
     term = "cc"
 
     def __init__(

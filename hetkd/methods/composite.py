@@ -39,6 +39,7 @@ class Composite(Method):
         self.weights = tuple(weights)
         self.uses_distillation_token = any(part.uses_distillation_token for part in parts)
         self.uses_teacher_maps = any(part.uses_teacher_maps for part in parts)
+        self.batch_is_local = any(part.batch_is_local for part in parts)
 
     @property
     def methods(self) -> list[Method]:

@@ -65,9 +65,7 @@ class FeatureMethod(Method):
         self.log_variance = nn.Parameter(torch.zeros(len(pairs))) if self.stage_weights == "learnt" else None
 
     def _fixed_weights(self, count: int) -> list[float]:
-        if self.stage_weights == "learnt":
-            return [1 / count] * count
-        if self.stage_weights is None:
+        if self.stage_weights is None or isinstance(self.stage_weights, str):
             return [1 / count if self.stages_share_weight else 1.0] * count
         weights = [positive("stage_weights", float(weight)) for weight in self.stage_weights]
         if len(weights) != count:

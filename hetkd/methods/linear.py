@@ -34,7 +34,7 @@ class LinearMap(nn.Module):
 
 def mix_channels(weight: Tensor, x: Tensor) -> Tensor:
     """Mixes the channels of ``[B, C, ...]`` by ``[D, C]``: a 1x1 convolution of whatever comes behind the channels."""
-    return (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
+    return torch.einsum("dc,bc...->bd...", weight, x)
 
 
 def _impulses(size: tuple[int, ...], chunk: int = 1024) -> Iterator[Tensor]:

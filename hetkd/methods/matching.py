@@ -158,6 +158,11 @@ class ChannelReduction(nn.Module):
             self._fit(x)
         return torch.einsum("bc...,cd->bd...", x, self.basis.to(x.dtype))
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the map is of images that were seen."""
+        return "fitted" in self._buffers and bool(self.fitted)
+
     def _fit(self, x: Tensor) -> None:
         self._fit_at_next_call = False
         if self.fitted:  # restored from a checkpoint

@@ -37,6 +37,7 @@ class OFA(FeatureMethod):
         temperature: Of all these losses.
     """
 
+    batch_is_local = True
     term = "ofa"
     logit_term = "ofa"
     stages_share_weight = False

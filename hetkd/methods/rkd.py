@@ -30,6 +30,7 @@ class RKD(PooledMethod):
         temperature: Of the KL divergence.
     """
 
+    batch_is_local = True
     term = "rkd"
 
     def __init__(

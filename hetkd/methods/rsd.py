@@ -32,6 +32,7 @@ class RSD(PooledMethod):
         temperature: Of the KL divergence.
     """
 
+    batch_is_local = True
     term = "rsd"
 
     def __init__(

@@ -48,14 +48,14 @@ class SFKD(FeatureMethod):
     5. *GFFL*: the K x K lowest frequencies of both are compared under a Gaussian window w,
        :math:`L = \sum_k w_k (1 - \rho_k)^2 / \sum_k w_k`, where :math:`\rho_k` is the correlation
        over the batch of complex coefficient k (`normalize="batch"`). With ``sigma`` towards 0 only the
-       pooled features are left, and the loss is that of RSD (arXiv 2507.21844).
+       pooled features are left, and the loss is the diagonal of RSD's (arXiv 2507.21844).
 
     The loss is ``ce_weight CE + kd_weight KL + feature_weight sum over stages of weight times L``.
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages.
         stage_weights: ``None`` (all alike, in all 1), one number a stage pair, or ``"learnt"``.
-        grid: Most pixels a side of the common grid.
+        grid: Most pixels a side of the common grid, before it is rounded up to a multiple of 2^J.
         levels: J, 0 to 3; ``None``: 2, or fewer on small grids, so that the coarsest band has 2 x 2 pixels or more.
         wavelet: An orthogonal wavelet of PyWavelets, by name.
         ds2s: ``"full"``, ``"lite"`` (on a few mixtures of the channels) or ``None`` (no refinement).
@@ -115,7 +115,8 @@ class SFKD(FeatureMethod):
         if refinement_stages not in (0, 1, 2):
             raise ValueError(f"refinement_stages={refinement_stages} must be 0, 1 or 2.")
         check_wavelet(wavelet)
-        self.grid, self.levels, self.wavelet, self.keep = whole_number("grid", grid), levels, wavelet, keep
+        self.grid, self.levels, self.wavelet = whole_number("grid", grid), levels, wavelet
+        self.keep = None if keep is None else whole_number("keep", keep)
         self.ds2s = None if ds2s is None else choice("ds2s", ds2s, ["full", "lite"])
         self.streams = choice("streams", streams, ["both", "spatial", "spectral"])
         self.refinement_stages = refinement_stages
@@ -196,7 +197,8 @@ class SFKD(FeatureMethod):
     def _levels_of(self, pair: StagePair) -> int:
         if self.levels is not None:
             return self.levels
-        return next(levels for levels in (2, 1, 0) if levels == 0 or 2**levels < _smallest_side(pair))
+        side = min(self.grid, _smallest_side(pair))
+        return next(levels for levels in (2, 1, 0) if levels == 0 or 2**levels < side)
 
     def _check_levels(self, pairs: Sequence[StagePair]) -> None:
         pair = min(pairs, key=_most_levels)

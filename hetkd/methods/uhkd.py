@@ -3,7 +3,7 @@
 Only the paper's abstract is public knowledge here; the internals are this project's own reading of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ from hetkd.names import choice
 from hetkd.spectral import amplitude, half_plane_window, low_frequencies
 
 _GRID = 8
+_COMPRESSIONS: dict[str, Callable[[Tensor], Tensor]] = {"log": torch.log1p, "power": torch.sqrt}
 
 
 @register_method("uhkd")
@@ -86,9 +87,9 @@ class UHKD(FeatureMethod):
             kd_weight=kd_weight,
             temperature=temperature,
         )
-        self.keep = keep
+        self.keep = None if keep is None else whole_number("keep", keep)
         self.spectrum = choice("spectrum", spectrum, ["complex", "amplitude"])
-        self.compression = choice("compression", compression, ["none", "log", "power"])
+        self.compression = choice("compression", compression, ["none", *_COMPRESSIONS])
         self.normalize = choice("normalize", normalize, ["batch", "sample"])
         self.width = whole_number("width", width)
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
@@ -145,8 +146,10 @@ class UHKD(FeatureMethod):
 
     def compress(self, spectrum: Tensor) -> Tensor:
         """Compresses the amplitudes of a complex spectrum ``[..., 2]``; drops the phases unless they are compared."""
+        if self.spectrum == "complex" and self.compression == "none":
+            return spectrum
         size = amplitude(spectrum)
-        compressed = {"none": size, "log": size.log1p(), "power": size.sqrt()}[self.compression]
+        compressed = size if self.compression == "none" else _COMPRESSIONS[self.compression](size)
         if self.spectrum == "amplitude":
             return compressed
         return spectrum * (compressed / size).unsqueeze(-1)

@@ -147,6 +147,7 @@ def _constant_matrix(wavelet: str, size: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a tensor of inference mode could not be used in training later
 def _analysis_matrix(wavelet: str, size: int) -> Tensor:
     """The orthogonal matrix ``[size, size]`` of one periodised level: low-pass rows, then high-pass rows."""
     import numpy

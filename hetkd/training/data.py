@@ -262,9 +262,17 @@ def _is_loader(data: Any) -> bool:
 
 
 def _refuse_empty(data: Any, what: str) -> None:
-    if hasattr(data, "__len__") and len(data) == 0:
+    if length(data) == 0:
         hint = ": fewer samples than batch_size with drop_last=True?" if isinstance(data, DataLoader) else ""
         raise ValueError(f"{what} is empty{hint}.")
+
+
+def length(data: Any) -> int | None:
+    """Returns the length of a data set or loader, or ``None`` if it has none, as a stream and its ``DataLoader``."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -29,7 +29,15 @@ def evaluate(distiller: Distiller, data: Any, *, batch_size: int) -> dict[str, f
 
 
 def eval_loader(distiller: Distiller, data: Any, batch_size: int, num_workers: int) -> Iterable[Any]:
-    """Makes a loader in the order of the data, with every image."""
+    """Makes a loader in the order of the data, with every image.
+
+    Raises:
+        ValueError: If the student has no classifier, or the data no labels.
+    """
+    if distiller.classes is None:
+        raise ValueError(
+            "the student has no classifier to evaluate: leave val out, or give it one with num_classes=..."
+        )
     spec, size = distiller.student_inputs.spec, distiller.student_inputs.size
     loader = make_loader(
         data,
@@ -67,10 +75,7 @@ def measure(
     from torchmetrics import MeanMetric
 
     classes = distiller.classes
-    if classes is None:
-        raise ValueError(
-            "the student has no classifier to evaluate: leave val out, or give it one with num_classes=..."
-        )
+    assert classes is not None, "eval_loader has looked"
     shared_out = isinstance(loader, DataLoader)
     own_share = accelerator is not None and not shared_out
     metrics = _accuracies(classes, device, sync=own_share)

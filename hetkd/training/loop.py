@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from hetkd.distributed import largest_of_processes
 from hetkd.inputs import check_labels
 from hetkd.training.checkpoint import BEST, LAST, Checkpoint, RunFolder
-from hetkd.training.data import TensorImages, TransformedImages, has_labels, images_and_labels, make_loader
+from hetkd.training.data import TensorImages, TransformedImages, has_labels, images_and_labels, length, make_loader
 from hetkd.training.evaluate import eval_loader, measure
 from hetkd.training.options import TrainingOptions
 from hetkd.training.packing import pack_optimizer, unpack_optimizer, with_prefix, without_prefix
@@ -148,6 +148,10 @@ class _Run:
         self.batch_size = getattr(train_loader, "batch_size", None) or options.batch_size
         if accelerator.is_fsdp2 and not isinstance(val_loader, DataLoader | None):
             raise ValueError("val must be data or a DataLoader under FSDP, whose processes evaluate in step.")
+        self._check_last_batch(train_loader)
+        self.train = self._prepared(train_loader)
+        self.val = None if val_loader is None else self._prepared(val_loader)
+        self.batches, self.updates = self._count_batches(train_loader)
         place_teachers(distiller, options.teacher_placement, accelerator)
         if accelerator.is_fsdp2:
             self.distiller = copy_for_sharding(distiller)
@@ -162,16 +166,6 @@ class _Run:
         self.model, self.optimizer = prepare(self.distiller, optimizer, accelerator, options, self.batch_size)
         if options.compile:
             self.distiller.compile()
-        self._check_last_batch(train_loader)
-        self.train = self._prepared(train_loader)
-        self.val = None if val_loader is None else self._prepared(val_loader)
-        self.batches = len(self.train) if hasattr(self.train, "__len__") else None
-        if self.batches is not None and not isinstance(train_loader, DataLoader):
-            # Of any other iterable Accelerate does not see the end: batches that make no whole update are left out.
-            self.batches -= self.batches % options.gradient_accumulation
-            if not self.batches:
-                raise ValueError(f"train has fewer batches than gradient_accumulation={options.gradient_accumulation}.")
-        self.updates = None if self.batches is None else math.ceil(self.batches / options.gradient_accumulation)
         self.scheduler = self._make_scheduler()
         self.ema = None if options.ema is None else ModelEmaV3(distiller.student, decay=options.ema, use_warmup=True)
         self.keeps_checkpoints = folder is not None
@@ -208,7 +202,7 @@ class _Run:
         dataset: Any = getattr(loader, "dataset", None)
         own = isinstance(dataset, (TransformedImages, TensorImages))
         return {
-            "train_images": len(dataset) if hasattr(dataset, "__len__") else None,
+            "train_images": length(dataset),
             "train_data": fingerprint_data(dataset) if own else None,
             "teachers": fingerprint_teachers(self.distiller),
         }
@@ -232,9 +226,7 @@ class _Run:
         """Refuses, before any training, a last batch that batch statistics or mixing cannot use."""
         if not isinstance(loader, DataLoader) or loader.drop_last or not loader.batch_size:
             return
-        if not hasattr(loader.dataset, "__len__"):
-            return
-        last = len(loader.dataset) % loader.batch_size
+        last = (length(loader.dataset) or 0) % loader.batch_size
         if last == 1 and self.distiller.method.needs_batch:
             raise ValueError(
                 "the last batch of train has one image, which has no batch statistics: use drop_last=True."
@@ -242,14 +234,27 @@ class _Run:
         if last % 2 and self.targets.mix is not None:
             raise ValueError(f"the last batch of train has {last} images, but mixing needs pairs: use drop_last=True.")
 
+    def _count_batches(self, loader: Iterable[Any]) -> tuple[int | None, int | None]:
+        """Returns batches and updates an epoch, if known beforehand."""
+        batches, accumulation = length(self.train), self.options.gradient_accumulation
+        if batches is None:
+            if self.options.scheduler != "constant" or self.options.warmup_epochs:
+                raise ValueError(
+                    "train is a loader without a length: its schedule is unknown; use scheduler='constant' and no "
+                    "warmup_epochs."
+                )
+            return None, None
+        if not isinstance(loader, DataLoader):
+            # Of any other iterable Accelerate does not see the end: batches that make no whole update are left out.
+            batches -= batches % accumulation
+            if not batches:
+                raise ValueError(f"train has fewer batches than gradient_accumulation={accumulation}.")
+        return batches, math.ceil(batches / accumulation)
+
     def _make_scheduler(self) -> Any:
         from timm.scheduler import create_scheduler_v2
 
         if self.updates is None:
-            if self.options.scheduler != "constant":
-                raise ValueError(
-                    "train is a loader without a length: its schedule is unknown; use scheduler='constant'."
-                )
             return None
         scheduler, _ = create_scheduler_v2(
             self.optimizer.optimizer,
@@ -261,7 +266,7 @@ class _Run:
             min_lr=min(self.options.min_lr, self.options.peak_lr),
             step_on_epochs=False,
             decay_epochs=self.options.decay_epochs,
-            decay_rate=self.options.decay_rate,
+            decay_rate=1.0 if self.options.scheduler == "poly" else self.options.decay_rate,
             updates_per_epoch=self.updates,
         )
         return scheduler

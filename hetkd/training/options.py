@@ -23,7 +23,7 @@ class TrainingOptions:
         lr: Peak learning rate; ``None``: 1e-3 for adamw, 0.05 for sgd, 5e-3 for lamb.
         weight_decay: For weights; biases and norms have none.
         momentum: Of SGD.
-        scheduler: A name of timm's schedulers: ``"cosine"``, ``"step"``, ``"constant"``, ...
+        scheduler: One of timm's: ``"cosine"``, ``"tanh"``, ``"poly"`` (a straight line), ``"step"`` or ``"constant"``.
         decay_epochs: Of the schedule ``"step"``: epochs between two steps.
         decay_rate: Of the schedule ``"step"``: the factor of a step.
         warmup_epochs: Of linear warm-up; part of ``epochs``.

@@ -183,8 +183,11 @@ def prepare(
     if uses_deepspeed(accelerator):
         _fill_in(accelerator.deepspeed_plugin.deepspeed_config, options, batch_size)
     if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
         # All processes hold all weights already, and Accelerate's loading fails on buffers.
-        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        plugin.cpu_ram_efficient_loading = False
+        # Autocast does it, as under DDP; weights in half precision would meet features in float32.
+        plugin.mixed_precision_policy = None
         for tap in distiller.taps.values():
             tap.inputs.to(accelerator.device)
             if tap.role != "student":

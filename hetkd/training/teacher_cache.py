@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from hetkd.files import checksum, write_atomically, write_json
+from hetkd.inputs import check_images
 from hetkd.methods import Method
+from hetkd.methods.matching import ChannelReduction
 from hetkd.tap import RecordedTeacher
 from hetkd.training.data import TensorImages, TransformedImages
+from hetkd.training.packing import with_prefix
 from hetkd.training.random_state import sample_seed
 
 if TYPE_CHECKING:
     from hetkd.distiller import Distiller
 
-INDEX = "index.json"
+INDEX, BASES = "index.json", "bases.safetensors"
 SHARD_RECORDS = 16_384
 _CHECKED_SAMPLES = 16
 
@@ -89,14 +93,20 @@ class TeacherCache:
             "method": _encoding(distiller.method),
             "stages": _stages(distiller),
             "teacher": fingerprint_teachers(distiller),
+            "inputs": _inputs(distiller),
             "data": fingerprint_data(dataset),
         }
         for name, value in expected.items():
-            if self.about[name] != value:
+            if self.about.get(name) != value:
                 raise ValueError(
                     f"teacher_cache={str(self.path)!r} was made with another {_WHAT.get(name, name)}"
-                    f"{_difference(self.about[name], value)}."
+                    f"{_difference(self.about.get(name), value)}."
                 )
+        if distiller.method.uses_teacher_logits and not any(_is_logits(name) for name in self.about["shapes"]):
+            raise ValueError(
+                f"teacher_cache={str(self.path)!r} was made with kd_weight=0 and holds no logits: use kd_weight=0, or "
+                "make a cache with logits."
+            )
 
     def record(self, view: int, index: int, image: Tensor) -> dict[str, Tensor]:
         """Returns the record of image ``index`` in ``view``, as tensors.
@@ -140,6 +150,7 @@ _WHAT = {
     "stages": "choice or size of stages",
     "data": "data set or input transform",
     "teacher": "teacher",
+    "inputs": "size or normalisation of the images that a teacher sees",
     "samples": "number of images",
 }
 
@@ -204,6 +215,7 @@ def write_cache(
         "stages": _stages(distiller),
         "teacher": fingerprint_teachers(distiller),
         "teachers": _recorded_teachers(distiller),
+        "inputs": _inputs(distiller),
         "data": fingerprint_data(dataset),
         "shards": {},
     }
@@ -218,6 +230,7 @@ def write_cache(
         if different:
             raise ValueError(f"{path} holds another cache (other {', '.join(different)}): choose another path.")
         about["shards"] = before["shards"]
+    _keep_bases(distiller.method, path / BASES, goes_on=(path / INDEX).exists())
     for name, view, indices in shards(len(dataset), views):
         if _is_whole(path / name, about["shards"].get(name)):
             continue
@@ -288,6 +301,29 @@ def fingerprint_teachers(distiller: Distiller) -> list[str]:
     return [tap.fingerprint or fingerprint_model(tap.model) for tap in teachers]
 
 
+def _inputs(distiller: Distiller) -> dict[str, Any]:
+    """Returns what becomes of images before each teacher sees them."""
+    inputs: dict[str, Any] = {}
+    for role, tap in distiller.taps.items():
+        if role != "student":
+            inputs[f"{role} size"] = list(tap.size)
+            inputs[f"{role} scale"] = tap.inputs.scale.flatten().tolist()
+            inputs[f"{role} shift"] = tap.inputs.shift.flatten().tolist()
+    return inputs
+
+
+def _keep_bases(method: Method, path: Path, *, goes_on: bool) -> None:
+    """Writes down what `Method.encode` has fitted (a PCA) as caching begins, or takes it from there as it goes on."""
+    modules = {name: x for name, x in method.named_modules() if isinstance(x, ChannelReduction) and x.is_fitted}
+    if goes_on and modules:
+        method.load_state_dict(load_file(path), strict=False)
+    elif modules:
+        bases = {
+            key: x for name, part in modules.items() for key, x in with_prefix(f"{name}.", part.state_dict()).items()
+        }
+        write_atomically(path, lambda temporary: save_file(bases, temporary))
+
+
 def _recorded_teachers(distiller: Distiller) -> list[dict[str, Any]]:
     teachers = [tap for role, tap in distiller.taps.items() if role != "student"]
     recorded = [
@@ -347,6 +383,7 @@ def _target_shapes(distiller: Distiller, dataset: TransformedImages, batch_size:
     """Encodes the first batch, to which what `Method.encode` fits (a PCA) is fitted too, whenever caching starts."""
     dataset.start_epoch(0)
     images = torch.stack([_image(dataset[index]) for index in range(min(batch_size, len(dataset)))])
+    check_images(images, distiller.student_inputs.spec.channels, look_at_values=True, normalized=distiller.normalized)
     encoded = _encoded(distiller, images.to(_device(distiller)))
     return {name: list(x.shape[1:]) for name, x in encoded.items()}
 
