@@ -6,11 +6,13 @@
     python recipes/study.py scarce --seeds 3                              # with labels for a tenth of the images
     python recipes/study_report.py                                        # tables and pictures of all that
 
-The teachers come from `train_teacher.py` (docs/results.md has the commands). Protocol, the same for all methods and
-fixed before they were compared: CIFAR-100, 50 training images a class, 50 others of the official training set, which
-no model is trained on, for every choice, the official test images for the final tables only; six fixed views (shift
-and flip) of every training image, of which every epoch takes the next; AdamW, cosine, the same initial student and
-order of the images for every method with one seed. A run that is in the output file is not run again.
+The teacher `lite0` is in `assets/teachers`; `dinov2_s` comes from `train_teacher.py` (docs/results.md has the command).
+
+Protocol, the same for all methods and fixed before they were compared: CIFAR-100, 50 training images a class, 50 others
+of the official training set, which no model is trained on, for every choice, the official test images for the final
+tables only; six fixed views (shift and flip) of every training image, of which every epoch takes the next; AdamW,
+cosine, the same initial student and order of the images for every method with one seed. A run that is in the output
+file is not run again.
 """
 
 import argparse
@@ -47,6 +49,7 @@ PROTOCOL: dict[str, Any] = {
 }
 CLASSES, EVALUATIONS = 100, 5
 PIXELS = {"dinov2_s": 56, "lite0": 96, "resnet_slim": 32, "deit_slim": 32}
+COMMITTED = Path(__file__).parent / "assets" / "teachers"
 TEACHERS = {"dinov2_s": "vit_small_patch14_dinov2", "lite0": "tf_efficientnet_lite0"}
 PAIRS = ["dinov2_s:resnet_slim", "lite0:deit_slim"]
 HOMOGENEOUS = "lite0:resnet_slim"
@@ -73,7 +76,7 @@ ABLATIONS = [
     'uhkd:spectrum="amplitude"',
 ]
 FINAL = [
-    *("ce", "kd", "kd:temperature=4.0", "dkd", "dist", "fitnet", "cc", "crd", "ofa", "rsd"),
+    *("ce", "kd", "kd:temperature=4.0", "dkd", "dist", "fitnet", "cc", "crd", "ofa", "ofa:feature_weight=0.1", "rsd"),
     *("uhkd", "sfkd", 'sfkd:ds2s="lite"'),
 ]
 
@@ -205,8 +208,9 @@ def record(name: str, arguments: argparse.Namespace) -> None:
 
 
 def load_teacher(name: str, folder: Path) -> tuple[nn.Module, int]:
-    """Loads a teacher that `train_teacher.py` made; returns its input size too."""
-    found = sorted(folder.glob(f"cifar100-*-{PIXELS[name]}px-{TEACHERS[name]}.safetensors"))
+    """Loads a teacher that `train_teacher.py` made, or that comes with this recipe; returns its input size too."""
+    pattern = f"cifar100-*-{PIXELS[name]}px-{TEACHERS[name]}.safetensors"
+    found = sorted(folder.glob(pattern)) or sorted(COMMITTED.glob(pattern))
     if len(found) != 1:
         raise SystemExit(f"{folder} has {len(found)} files of {name}: train one by train_teacher.py.")
     teacher, size = build(TEACHERS[name], PIXELS[name], CLASSES, 3)

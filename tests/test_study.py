@@ -81,6 +81,15 @@ def test_recorded_features_are_those_of_the_teacher_on_the_same_view(small):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 
 
+def test_the_teacher_that_comes_with_the_recipe_knows_its_classes(tmp_path, data_folder, monkeypatch):
+    monkeypatch.setenv("HETKD_DATA", str(data_folder))
+    teacher, size = study.load_teacher("lite0", tmp_path)
+    images, labels = study.cifar100_split("test")
+    part = slice(None, None, 50)
+    top1 = Distiller(None, teacher, "ce", input_size=size).evaluate((images[part], labels[part]))["top1"]
+    assert top1 == pytest.approx(62, abs=8)
+
+
 def test_scarce_labels_come_in_batches_of_their_own(monkeypatch):
     monkeypatch.setitem(study.PROTOCOL, "images_a_class", 50)
     labels = torch.arange(study.CLASSES).repeat_interleave(50)
