@@ -3,6 +3,7 @@
     python recipes/study.py record                                        # the teachers' features, once
     python recipes/study.py try --methods kd sfkd:feature_weight=40       # trials on the validation images
     python recipes/study.py final --seeds 3                               # the final table, on the test images
+    python recipes/study.py ablations                                     # one part less each, beside the final runs
     python recipes/study.py scarce --seeds 3                              # with labels for a tenth of the images
     python recipes/study_report.py                                        # tables and pictures of all that
 
@@ -54,12 +55,9 @@ TEACHERS = {"dinov2_s": "vit_small_patch14_dinov2", "lite0": "tf_efficientnet_li
 PAIRS = ["dinov2_s:resnet_slim", "lite0:deit_slim"]
 HOMOGENEOUS = "lite0:resnet_slim"
 ABLATIONS = [
-    "ce",
-    "sfkd",
     'sfkd:loss="mse"',
     'sfkd:loss="infonce"',
     "sfkd:ds2s=None",
-    'sfkd:ds2s="lite"',
     'sfkd:streams="spatial"',
     'sfkd:streams="spectral"',
     "sfkd:refinement_stages=1",
@@ -70,7 +68,6 @@ ABLATIONS = [
     "sfkd:stages=[2,3]",
     "sfkd:stages=[0,1]",
     "sfkd:stage_weights=[0.025,0.075,0.225,0.675]",
-    "uhkd",
     "uhkd:stages=[3]",
     "uhkd:keep=1",
     'uhkd:spectrum="amplitude"',

@@ -71,9 +71,18 @@ def tables(rows: Sequence[Row]) -> str:
     parts = []
     for kind, (title, score) in KINDS.items():
         of_kind = [row for row in rows if row["kind"] == kind]
+        if kind == "ablation":
+            of_kind = [*_whole_methods(rows, of_kind), *of_kind]
         if of_kind:
             parts.append(f"## {title}\n\n{_results(of_kind, score)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _whole_methods(rows: Sequence[Row], ablations: Sequence[Row]) -> list[Row]:
+    """Returns the final runs of whole methods of the same pairs and seeds, from which ablations take something away."""
+    pairs = {(row["pair"], row["seed"]) for row in ablations}
+    final = [row for row in rows if row["kind"] == "final" and (row["pair"], row["seed"]) in pairs]
+    return [row for row in final if row["method"] in SHOWN and set(row["options"]) <= {"ds2s"}]
 
 
 def _results(rows: Sequence[Row], score: str) -> str:
