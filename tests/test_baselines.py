@@ -654,6 +654,14 @@ def test_a_batch_of_one_is_refused_in_training(method):
         distiller(*batch(1))
 
 
+@pytest.mark.parametrize("method", ["rkd", "cc", "rsd", "ofa", ["kd", "cc"]])
+def test_a_batch_of_one_a_process_is_refused_where_processes_do_not_look_at_others(method, monkeypatch):
+    monkeypatch.setattr("hetkd.distiller.world_size", lambda: 2)
+    distiller = Distiller(tiny_vit(), tiny_cnn(), method, input_size=32)
+    with pytest.raises(ValueError, match="a batch of one image"):
+        distiller(*batch(1))
+
+
 def test_crd_at_a_low_temperature_stays_finite():
     method = CRD(contrast_temperature=0.005)
     student, teacher = vectors(8)

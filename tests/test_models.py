@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import torch
+import torchvision
 import transformers
 from conftest import batch, tiny_cnn, tiny_vit
 from PIL import Image
@@ -30,6 +31,18 @@ def test_list_models():
         hetkd.list_models("timm:mobilenetv2_1000")
     with pytest.raises(ValueError, match="unknown library of models 'tim': did you mean 'timm'"):
         hetkd.list_models("tim:*")
+
+
+def test_torchvision_models_are_built_as_their_weights_want(monkeypatch):
+    state = torchvision.models.googlenet(weights=None, init_weights=False).state_dict()
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **options: state)
+    assert load_model("torchvision:googlenet").transform_input, "its weights were not trained on ImageNet's mean"
+    with torch.device("meta"):  # as large as it is
+        student = load_model("torchvision:vit_h_14", pretrained=False)
+        assert input_spec(student).size == (224, 224)
+        large = load_model("torchvision:vit_h_14", pretrained=False, image_size=518)
+        state = large.state_dict()
+        assert input_spec(load_model("torchvision:vit_h_14")).size == (518, 518)
 
 
 NAMES = {0: "cat", 1: "dog", 2: "fox", 3: "owl", 4: "elk"}

@@ -186,7 +186,7 @@ def prepare(
         plugin = accelerator.state.fsdp_plugin
         # All processes hold all weights already, and Accelerate's loading fails on buffers.
         plugin.cpu_ram_efficient_loading = False
-        # Autocast does it, as under DDP; weights in half precision would meet features in float32.
+        # Half precision is autocast's, as under DDP; weights in it would meet features in float32.
         plugin.mixed_precision_policy = None
         for tap in distiller.taps.values():
             tap.inputs.to(accelerator.device)
