@@ -97,9 +97,13 @@ def test_a_student_that_is_sharded_learns_the_same_and_resumes(one_and_two):
 
 def test_a_student_that_is_sharded_learns_the_same_in_half_precision(one_and_two):
     _, (first, _) = one_and_two
-    assert_same(first["sharded"]["bf16"], first["bf16"], tolerance=5e-4)
-    with pytest.raises(AssertionError):  # and it is half precision
-        assert_same(first["bf16"], first["training"], tolerance=1e-7)
+
+    def distance(one: dict, other: dict) -> float:
+        return sum((x - other["weights"][name]).square().sum().item() for name, x in one["weights"].items()) ** 0.5
+
+    by_rounding = distance(first["bf16"], first["training"])
+    assert 0 < distance(first["sharded"]["bf16"], first["bf16"]) < 2 * by_rounding
+    assert first["sharded"]["bf16"]["train/kd"] == pytest.approx(first["bf16"]["train/kd"], rel=0.01)
 
 
 @pytest.mark.parametrize("case", ["label-free", "middle stages"])

@@ -187,8 +187,11 @@ def test_embedded_data_is_a_balanced_subset_and_small():
         images, labels = fashion.read_split(fashion.SUBSET, split)
         assert images.shape == (10 * per_class, 1, 28, 28)
         assert torch.equal(labels.bincount(), torch.full((10,), per_class))
-    size = sum(path.stat().st_size for path in fashion.ASSETS.rglob("*") if path.is_file())
-    assert size < 8e6
+    sizes = {path: path.stat().st_size for path in fashion.ASSETS.rglob("*") if path.is_file()}
+    teachers = [size for path, size in sizes.items() if path.parent.name == "teachers"]
+    assert sum(sizes.values()) - sum(teachers) < 8e6
+    assert max(teachers) < 15e6
+    assert sum(teachers) < 45e6
 
 
 def test_fashion_teacher(tmp_path, monkeypatch):
