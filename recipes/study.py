@@ -4,6 +4,7 @@
     python recipes/study.py try --methods kd sfkd:feature_weight=40       # trials on the validation images
     python recipes/study.py final --seeds 3                               # the final table, on the test images
     python recipes/study.py ablations                                     # one part less each, beside the final runs
+    python recipes/study.py ablations --pairs lite0:resnet_slim --methods ce kd sfkd  # a CNN teaches the CNN
     python recipes/study.py scarce --seeds 3                              # with labels for a tenth of the images
     python recipes/study_report.py                                        # tables and pictures of all that
 
