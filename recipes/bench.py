@@ -12,7 +12,9 @@
 student, on images that are ready for both, in the same precision and memory format. Every contender takes turns with
 it: each method of hetkd, timm's distillation tasks, and torchdistill's KD (`pip install ".[bench]"`). `ratio` is the
 median over the rounds of a step's time over the mean of the floors before and after it; `memory_ratio` compares peaks
-of memory, with weights and optimizer; the phases say where the milliseconds go.
+of memory, with weights and optimizer; the phases say where the milliseconds go. On the CPU glibc's allocator is told
+to keep what is freed, for all contenders: otherwise each pays for page faults by luck (`--default-allocator` measures
+without).
 
 `tap`: plain and tapped forward passes of one model take turns; the figures are medians of their times,
 the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
@@ -35,6 +37,7 @@ from bench_runs import MODELS, bench_cache, bench_loop, bench_tap
 from bench_steps import METHODS, PAIRS, PEERS, SMALL, SMALL_PAIRS, bench_pair
 from rich.console import Console
 from rich.table import Table
+from timing import keep_freed_memory
 
 BATCH, REPEATS = 8, 20
 SMALL_BATCH, SMALL_REPEATS, STEPS_REPEATS = 4, 6, 10
@@ -45,6 +48,8 @@ def main() -> None:
     """Measures, prints tables, and writes the rows."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept = device.type == "cpu" and not arguments.default_allocator and keep_freed_memory()
+    console.print("freed memory is kept" if kept else "the default allocator")
     rows = []
     for title, part in measure(arguments, device):
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -103,6 +108,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="for tap: models that take 224 px")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--repeats", type=int)
+    parser.add_argument("--default-allocator", action="store_true", help="let freed memory go back to the system")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args(words)
     if arguments.repeats is not None and arguments.repeats < 2:

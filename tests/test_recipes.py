@@ -95,6 +95,7 @@ def test_bench_of_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_steps, "PIXELS", 160)
     methods = ["kd", "sfkd", "sfkd lite", "timm.task logits", "timm.task features", "torchdistill kd"]
     words = ["--pairs", "tiny", "--methods", *methods, "--repeats", "2", "--batch-size", "2"]
+    words.append("--default-allocator")  # the other would stay so in this process
     monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--json", str(tmp_path / "rows.json")])
     bench.main()
     rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
@@ -130,6 +131,28 @@ def test_transforms_that_are_compared_are_equal(index):
     name, ours, _, plain = list(bench_parts.transforms(torch.device("cpu")))[index]
     x = torch.randn(2, bench_parts.CHANNELS, 16, 16)
     torch.testing.assert_close(ours(x), plain(x), atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_kept_memory_is_not_fetched_again(tmp_path):
+    script = tmp_path / "faults.py"
+    script.write_text(
+        "import resource, torch\n"
+        "from timing import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(6_000_000)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults()\n"
+        "default = faults()\n"
+        "kept = keep_freed_memory()\n"
+        "faults(), faults()\n"
+        "print(kept, default, faults())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES)}
+    kept, default, after = subprocess.check_output([sys.executable, script], env=environment, text=True).split()
+    if kept == "False":
+        pytest.skip("glibc only")
+    assert int(after) < 100 < int(default)
 
 
 def test_peak_memory_counts_what_is_alive():
