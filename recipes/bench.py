@@ -48,8 +48,9 @@ def main() -> None:
     """Measures, prints tables, and writes the rows."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kept = device.type == "cpu" and not arguments.default_allocator and keep_freed_memory()
-    console.print("freed memory is kept" if kept else "the default allocator")
+    if arguments.what == "steps" and device.type == "cpu":
+        kept = not arguments.default_allocator and keep_freed_memory()
+        console.print("freed memory is kept" if kept else "the default allocator")
     rows = []
     for title, part in measure(arguments, device):
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -108,7 +109,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="for tap: models that take 224 px")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--default-allocator", action="store_true", help="let freed memory go back to the system")
+    parser.add_argument("--default-allocator", action="store_true", help="for steps: let freed memory go back")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args(words)
     if arguments.repeats is not None and arguments.repeats < 2:
