@@ -3,6 +3,7 @@
     python recipes/train_teacher.py --dataset cifar100 --model convnext --epochs 30
     python recipes/train_teacher.py --dataset cifar100 --model vit_small_patch14_dinov2 --weights-from dino.safetensors
     python recipes/train_teacher.py --dataset flowers/ --model convnext_tiny --pretrained --pixels 224 --epochs 10
+    python recipes/train_teacher.py --dataset cifar100 --model swin --taught-by runs/teachers/cifar100-....safetensors
 
 Stopped and started again, it goes on after its last whole epoch. The weights go to
 `OUTPUT/DATASET-DIGEST-PIXELS-MODEL.safetensors` in half precision, their accuracy on the test images beside them.
@@ -15,11 +16,12 @@ from typing import Any
 
 import torch
 from image_data import ImageData, augmentation, load_images
+from torch import nn
 from zoo import build
 
 from hetkd import Distiller
 from hetkd.files import write_json
-from hetkd.models import save_model
+from hetkd.models import load_weights, save_model
 
 EVALUATED_IMAGES = 1_000  # after each epoch, evenly spread over the test images; all of them at the end
 
@@ -38,6 +40,7 @@ def main() -> None:
         epochs=arguments.epochs,
         pretrained=arguments.weights_from or arguments.pretrained,
         seed=arguments.seed,
+        taught_by=arguments.taught_by,
         batch_size=arguments.batch_size,
         lr=arguments.lr,
         mixed_precision=arguments.mixed_precision,
@@ -60,9 +63,10 @@ def train_teacher(
     epochs: int,
     pretrained: bool | Path = False,
     seed: int = 0,
+    taught_by: Path | None = None,
     **options: Any,
 ) -> float:
-    """Trains a model on labels alone, and saves it.
+    """Trains a model on labels, alone or with a teacher of its own, and saves it.
 
     Args:
         model: A short name of `zoo.py`, or one of timm's.
@@ -72,6 +76,7 @@ def train_teacher(
         epochs: Passes over the training images.
         pretrained: Start from timm's weights, or from those in this file.
         seed: Of initial weights, data order and augmentation.
+        taught_by: A teacher that this script saved, for the same images, from which the model learns by UHKD.
         **options: Of `hetkd.Distiller.fit`.
 
     Returns:
@@ -81,8 +86,7 @@ def train_teacher(
     teacher, size = build(model, pixels or data.pixels, data.classes, data.channels, pretrained=pretrained)
     teacher = teacher.to(memory_format=torch.channels_last)  # faster convolutions on CPUs
     some = slice(None, None, math.ceil(len(data.test[1]) / EVALUATED_IMAGES))
-    distiller = Distiller(None, teacher, "ce", input_size=size)
-    distiller.fit(
+    _make_distiller(teacher, size, data, taught_by).fit(
         data.train,
         (data.test[0][some], data.test[1][some]),
         epochs=epochs,
@@ -105,6 +109,18 @@ def train_teacher(
     return top1
 
 
+def _make_distiller(model: nn.Module, size: int, data: ImageData, taught_by: Path | None) -> Distiller:
+    if taught_by is None:
+        return Distiller(None, model, "ce", input_size=size)
+    try:
+        _, pixels, name = taught_by.stem.rsplit("-", 2)  # as `teacher_path` made it
+        teacher, teacher_size = build(name, int(pixels.removesuffix("px")), data.classes, data.channels)
+    except ValueError as error:
+        raise ValueError(f"--taught-by {str(taught_by)!r} has no name that this script gives to teachers.") from error
+    load_weights(teacher, taught_by)
+    return Distiller(teacher, model, "uhkd", input_size={"teacher": teacher_size, "student": size})
+
+
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,11 +135,16 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--pretrained", action="store_true", help="start from timm's weights")
     start.add_argument("--weights-from", type=Path, metavar="FILE", help="start from the weights in this file")
+    parser.add_argument(
+        "--taught-by", type=Path, metavar="FILE", help="learn from this teacher too, which this script saved"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/teachers"), metavar="DIR")
     arguments = parser.parse_args(words)
     if arguments.weights_from is not None and not arguments.weights_from.is_file():
         parser.error(f"--weights-from {str(arguments.weights_from)!r} is no file")
+    if arguments.taught_by is not None and not arguments.taught_by.is_file():
+        parser.error(f"--taught-by {str(arguments.taught_by)!r} is no file")
     if arguments.images is not None and arguments.images < 1:
         parser.error("--images must be at least 1")
     return arguments
