@@ -8,7 +8,7 @@
     python recipes/study.py scarce --seeds 3                              # with labels for a tenth of the images
     python recipes/study_report.py                                        # tables and pictures of all that
 
-The teacher `lite0` is in `assets/teachers`; `dinov2_s` comes from `train_teacher.py` (docs/results.md has the command).
+The teachers are in `assets/teachers`, all but `dinov2_s`, which `train_teacher.py` makes (command: docs/results.md).
 
 Protocol, the same for all methods and fixed before they were compared: CIFAR-100, 50 training images a class, 50 others
 of the official training set, which no model is trained on, for every choice, the official test images for the final
@@ -50,10 +50,15 @@ PROTOCOL: dict[str, Any] = {
     "warmup_epochs": 2,
 }
 CLASSES, EVALUATIONS = 100, 5
-PIXELS = {"dinov2_s": 56, "lite0": 96, "resnet_slim": 32, "deit_slim": 32}
+PIXELS = {"dinov2_s": 56, "lite0": 96, "swin": 32, "mixer": 32, "convnext": 64}
+PIXELS |= dict.fromkeys(("resnet_slim", "deit_slim", "resmlp_slim"), 32)
 COMMITTED = Path(__file__).parent / "assets" / "teachers"
 TEACHERS = {"dinov2_s": "vit_small_patch14_dinov2", "lite0": "tf_efficientnet_lite0"}
-PAIRS = ["dinov2_s:resnet_slim", "lite0:deit_slim"]
+TEACHERS |= {name: name for name in ("swin", "mixer", "convnext")}
+PAIRS = [
+    *("dinov2_s:resnet_slim", "lite0:deit_slim"),
+    *("swin:resnet_slim", "mixer:resnet_slim", "convnext:resmlp_slim"),
+]
 HOMOGENEOUS = "lite0:resnet_slim"
 ABLATIONS = [
     'sfkd:loss="mse"',

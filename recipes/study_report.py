@@ -7,6 +7,7 @@ Pictures need matplotlib: `pip install "hetkd[plots]"`.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -86,12 +87,12 @@ def _whole_methods(rows: Sequence[Row], ablations: Sequence[Row]) -> list[Row]:
 
 
 def _results(rows: Sequence[Row], score: str) -> str:
-    """Returns a table: a line a method, mean and spread over the seeds for each pair, gain over ce paired by seed."""
+    """Returns a table: a line a method; for each pair mean and spread (seeds), and gain over ce paired by seed."""
     pairs = pairs_of(rows)
-    heads = [f"{pair.replace(':', ' -> ')} | gain" for pair in pairs]
+    heads = [pair.replace(":", " -> ") for pair in pairs]
     lines = [
         f"| method | {' | '.join(heads)} | mean gain | added parameters | time, ce = 1 |",
-        f"|---|{'--:|--:|' * len(pairs)}--:|--:|--:|",
+        f"|---|{'--:|' * len(pairs)}--:|--:|--:|",
     ]
     for name in dict.fromkeys(name_of(row) for row in rows):
         cells, gains, times = [], [], []
@@ -101,9 +102,9 @@ def _results(rows: Sequence[Row], score: str) -> str:
             alone = {row["seed"]: row for row in rows if row["pair"] == pair and name_of(row) == "ce"}
             paired = [row[score] - alone[seed][score] for seed, row in of_pair.items() if seed in alone]
             times += [row["seconds"] / alone[seed]["seconds"] for seed, row in of_pair.items() if seed in alone]
-            cells += [_mean_and_spread([row[score] for row in of_pair.values()]), _signed(paired)]
+            cells.append(f"{_mean_and_spread([row[score] for row in of_pair.values()])} {_signed(paired)}".strip())
             gains.append(paired)
-        mean_gain = _signed([statistics.mean(paired) for paired in gains]) if all(gains) else "-"
+        mean_gain = _signed([statistics.mean(paired) for paired in gains] if all(gains) else []) or "-"
         added = " / ".join(f"{count:,}" for count in dict.fromkeys(row["added_parameters"] for row in of_method))
         time = f"{statistics.median(times):.2f}" if times else "-"
         lines.append(f"| {name} | {' | '.join(cells)} | {mean_gain} | {added} | {time} |")
@@ -118,7 +119,7 @@ def _mean_and_spread(scores: Sequence[float]) -> str:
 
 
 def _signed(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):+.2f}" if values else "-"
+    return f"{statistics.mean(values):+.2f}" if values else ""
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
@@ -126,7 +127,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     pairs = pairs_of(rows)
     figure, panels = _panels(len(pairs))
     others = _best_others(rows)
-    for panel, pair in zip(panels[0], pairs, strict=True):
+    for panel, pair in zip(panels, pairs, strict=True):
         for method in (*SHOWN, *others):
             curves = [row["curve"] for row in rows if row["pair"] == pair and name_of(row) == method]
             if not curves:
@@ -154,7 +155,7 @@ def draw_cost(rows: Sequence[Row], path: Path) -> None:
     """Draws mean test accuracy against the time of a run, a panel a pair."""
     pairs = pairs_of(rows)
     figure, panels = _panels(len(pairs), width=6.4)
-    for panel, pair in zip(panels[0], pairs, strict=True):
+    for panel, pair in zip(panels, pairs, strict=True):
         of_pair = [row for row in rows if row["pair"] == pair]
         floor = statistics.median(row["seconds"] for row in of_pair if row["method"] == "ce")
         points = []
@@ -223,8 +224,9 @@ def band_energies(maps: Tensor) -> list[float]:
 def draw_cka(similarities: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
     """Draws a row of heat maps a pair: stages of the student against stages of the teacher."""
     columns = len(next(iter(similarities.values())))
-    figure, panels = _panels(columns, rows=len(similarities), width=2.6, height=2.6)
-    for row, (pair, of_pair) in zip(panels, similarities.items(), strict=True):
+    figure, panels = _panels(columns * len(similarities), per_row=columns, width=2.6, height=2.6)
+    for number, (pair, of_pair) in enumerate(similarities.items()):
+        row = panels[number * columns :][:columns]
         for panel, (name, values) in zip(row, of_pair.items(), strict=True):
             panel.grid(visible=False)
             panel.imshow(values, cmap="Blues", vmin=0, vmax=1, origin="lower")
@@ -247,7 +249,7 @@ def draw_bands(energies: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Draws bars of the shares of energy by sub-band, of the third stage of teacher and students, a panel a pair."""
     figure, panels = _panels(len(energies))
     names = ["low band", *(f"details, level {level}" for level in range(LEVELS, 0, -1))]
-    for panel, (pair, of_pair) in zip(panels[0], energies.items(), strict=True):
+    for panel, (pair, of_pair) in zip(panels, energies.items(), strict=True):
         left = [0.0] * len(of_pair)
         for number, (name, colour) in enumerate(zip(names, (BLUE, ORANGE, GRAY), strict=True)):
             shares = [values[number] for values in of_pair.values()]
@@ -258,23 +260,27 @@ def draw_bands(energies: dict[str, dict[str, list[float]]], path: Path) -> None:
         panel.set_title(pair.replace(":", " → "), fontsize=11)
         panel.set_xlabel("share of energy, third stage, 4 x 4")
         panel.grid(visible=False)
-    panels[0][0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=3, fontsize=9)
+    panels[0].legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=3, fontsize=9)
     _save(figure, path)
 
 
-def _panels(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.8) -> tuple[Any, Any]:
+def _panels(count: int, per_row: int = 3, width: float = 4.6, height: float = 3.8) -> tuple[Any, list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(rows, columns, squeeze=False, figsize=(width * columns, height * rows))
-    for panel in panels.flat:
+    columns, rows = min(count, per_row), math.ceil(count / per_row)
+    figure, places = pyplot.subplots(rows, columns, squeeze=False, figsize=(width * columns, height * rows))
+    panels = list(places.flat)
+    for panel in panels[count:]:
+        panel.axis("off")
+    for panel in panels[:count]:
         panel.grid(color="#e4e6ea")
         panel.set_axisbelow(True)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
-    return figure, panels
+    return figure, panels[:count]
 
 
 def _save(figure: Any, path: Path) -> None:

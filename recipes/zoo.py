@@ -109,4 +109,5 @@ SMALL: dict[str, tuple[int, Callable[..., nn.Module]]] = {
     "resnet_slim": (32, _resnet),
     "swin_p": (32, partial(_swin, width=48, depths=(2, 2, 2))),
     "resmlp": (8, partial(_mixer, width=128, depth=6, block=ResBlock)),
+    "resmlp_slim": (8, partial(_mixer, width=64, depth=4, block=ResBlock)),
 }

@@ -142,6 +142,15 @@ def test_uhkd_mixes_coefficients_as_it_would_mix_pixels(options):
     torch.testing.assert_close(align(x), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("grid", "pixels"), [(14, (14, 12)), (6, (6, 6)), (3, (5, 5))])
+def test_uhkd_resamples_a_map_of_many_pixels_first(grid, pixels):
+    pair = StagePair(Stage("t", 24, 14, 14), Stage("s", 12, 14, 12))
+    align, x = bound(UHKD(grid=grid), [pair]).align[0], torch.randn(4, 12, 14, 12)
+    resampled = F.interpolate(x, pixels, mode="bilinear", antialias=True)
+    expected = spectrum_per_pixel(align.mix(align.layers(resampled)), 5) * (1 + align.gain) + align.bias
+    torch.testing.assert_close(align(x), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("options", UHKD_OPTIONS[:5])
 def test_uhkd_is_zero_where_aligned_features_are_equal(options):
     method = bound(UHKD(**options), same_pairs())

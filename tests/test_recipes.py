@@ -289,6 +289,21 @@ def test_train_teacher_goes_on_and_saves_in_half_precision(tmp_path):
     assert all(value.dtype in (torch.float16, torch.int64) for value in load_file(path).values())
 
 
+def test_train_teacher_lets_a_model_learn_from_a_saved_one(tmp_path):
+    import train_teacher
+
+    data, options = tiny_data(), {"epochs": 1, "batch_size": 16, "progress": False}
+    first, second = (train_teacher.teacher_path(tmp_path, data, model) for model in ("convnext", "resnet10t"))
+    train_teacher.train_teacher("convnext", data, first, **options)
+    train_teacher.train_teacher("resnet10t", data, second, taught_by=first, **options)
+    record = json.loads((second.with_suffix("") / "history.json").read_text())[0]
+    assert {"train/ce", "train/kd", "train/uhkd.layer4"} <= set(record)
+    with pytest.raises(ValueError, match=r"student\.safetensors' has no name that this script gives"):
+        train_teacher.train_teacher("resnet10t", data, second, taught_by=tmp_path / "student.safetensors", **options)
+    with pytest.raises(SystemExit):
+        train_teacher.parse_arguments(["--taught-by", str(tmp_path / "none.safetensors")])
+
+
 def test_train_teacher_starts_from_the_dinov2_weights(tmp_path, data_folder):
     import zoo
 

@@ -24,7 +24,6 @@ from hetkd.methods.matching import (
 from hetkd.names import choice
 from hetkd.spectral import amplitude, half_plane_window, low_frequencies
 
-_GRID = 8
 _COMPRESSIONS: dict[str, Callable[[Tensor], Tensor]] = {"log": torch.log1p, "power": torch.sqrt}
 
 
@@ -47,6 +46,7 @@ class UHKD(FeatureMethod):
     Args:
         feature_weight: Weight of the features' loss, spread over the stages.
         stage_weights: ``None`` (all alike, in all 1), one number a stage pair, or ``"learnt"``.
+        grid: Most pixels a side of the student's map in FAM, or ``keep`` where that is more.
         keep: K, frequencies kept per axis; ``None``: 5, or fewer on a smaller grid.
         spectrum: ``"complex"``: real and imaginary parts; ``"amplitude"``: invariant to circular shifts.
         compression: Of the amplitudes: ``"none"``, ``"log"`` (log(1 + a)) or ``"power"`` (square
@@ -70,6 +70,7 @@ class UHKD(FeatureMethod):
         *,
         feature_weight: float = 100.0,
         stage_weights: Sequence[float] | str | None = None,
+        grid: int = 8,
         keep: int | None = None,
         spectrum: str = "complex",
         compression: str = "none",
@@ -87,6 +88,7 @@ class UHKD(FeatureMethod):
             kd_weight=kd_weight,
             temperature=temperature,
         )
+        self.grid = whole_number("grid", grid)
         self.keep = None if keep is None else whole_number("keep", keep)
         self.spectrum = choice("spectrum", spectrum, ["complex", "amplitude"])
         self.compression = choice("compression", compression, ["none", *_COMPRESSIONS])
@@ -158,19 +160,19 @@ class UHKD(FeatureMethod):
 class FAM(nn.Module):
     """Feature Alignment Module: the student's map to compressed frequency coefficients of the teacher's width.
 
-    Early maps are resampled to 8 x 8 pixels first, which is enough for low frequencies and costs little.
+    Early maps are resampled to few pixels first, which is enough for low frequencies and costs little.
 
     Args:
         stage: Of the student: its C channels, its grid.
         width: D, the channels to compare.
         keep: K, frequencies kept per axis.
-        method: Says how spectra are compressed.
+        method: Says how spectra are compressed, and how many pixels there are at most.
     """
 
     def __init__(self, stage: Stage, width: int, keep: int, method: UHKD) -> None:
         super().__init__()
         self.compress = method.compress
-        self.grid = (min(stage.height, max(_GRID, keep)), min(stage.width, max(_GRID, keep)))
+        self.grid = (min(stage.height, max(method.grid, keep)), min(stage.width, max(method.grid, keep)))
         self.spectrum = LinearMap(partial(spectrum_per_pixel, keep=keep), self.grid)
         self.layers = nn.Sequential(nn.Conv2d(stage.channels, width, kernel_size=1), nn.GroupNorm(1, width), nn.GELU())
         self.mix = nn.Conv2d(width, width, kernel_size=1)
