@@ -6,6 +6,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from hetkd import Distiller, Features
 from hetkd.files import write_json
 from hetkd.plan import POOLED
+from hetkd.training.teacher_cache import fingerprint_teachers
 
 SHIFT = 4
 _FACTS, _CHUNK = "facts.json", 128
@@ -77,8 +79,14 @@ def record_views(distiller: Distiller, images: Tensor, views: int, folder: Path)
         images: uint8 ``[N, C, H, W]``.
         views: How many.
         folder: To write to; one that is complete is left as it is.
+
+    Raises:
+        ValueError: If the folder holds what another teacher says.
     """
+    facts: dict[str, Any] = {"teacher": fingerprint_teachers(distiller)}
     if (folder / _FACTS).exists():
+        if json.loads((folder / _FACTS).read_text())["teacher"] != facts["teacher"]:
+            raise ValueError(f"{folder} was recorded from a teacher of other weights: delete it.")
         return
     folder.mkdir(parents=True, exist_ok=True)
     tap, stages = distiller.taps["teacher"], distiller.method.teacher_stages()
@@ -97,4 +105,4 @@ def record_views(distiller: Distiller, images: Tensor, views: int, folder: Path)
                 arrays[name][view, index.numpy()] = half.numpy()
     for array in arrays.values():
         array.flush()
-    write_json(folder / _FACTS, {"arrays": list(arrays)})
+    write_json(folder / _FACTS, {**facts, "arrays": list(arrays)})

@@ -215,7 +215,9 @@ def load_teacher(name: str, folder: Path) -> tuple[nn.Module, int]:
     pattern = f"cifar100-*-{PIXELS[name]}px-{TEACHERS[name]}.safetensors"
     found = sorted(folder.glob(pattern)) or sorted(COMMITTED.glob(pattern))
     if len(found) != 1:
-        raise SystemExit(f"{folder} has {len(found)} files of {name}: train one by train_teacher.py.")
+        raise SystemExit(
+            f"{folder} has {len(found)} files of {name}: train one by train_teacher.py, or choose --pairs."
+        )
     teacher, size = build(TEACHERS[name], PIXELS[name], CLASSES, 3)
     load_weights(teacher, found[0])
     return teacher.eval(), size
@@ -351,4 +353,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"study.py: {error}") from error

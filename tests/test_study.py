@@ -82,6 +82,14 @@ def test_recorded_features_are_those_of_the_teacher_on_the_same_view(small):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 
 
+def test_a_recording_of_another_teacher_is_not_taken(small):
+    path = next((small / "teachers").glob("*-test_vit.safetensors"))
+    save_model(build("test_vit", 64, study.CLASSES, 3)[0], path)
+    folders = ["--teachers", str(small / "teachers"), "--recorded", str(small / "recorded")]
+    with pytest.raises(ValueError, match="recorded from a teacher of other weights"):
+        study.record("dinov2_s", study.parse_arguments(["record", *folders]))
+
+
 def test_the_teacher_that_comes_with_the_recipe_knows_its_classes(tmp_path, data_folder, monkeypatch):
     monkeypatch.setenv("HETKD_DATA", str(data_folder))
     teacher, size = study.load_teacher("lite0", tmp_path)
