@@ -24,7 +24,14 @@ from hetkd import (
 )
 from hetkd.methods.base import make_method, method_options, methods
 from hetkd.methods.ds2s import DS2S, DepthwiseKernel, LiteDS2S
-from hetkd.methods.matching import ChannelReduction, correlation_loss, infonce, standardize_batch, standardize_sample
+from hetkd.methods.matching import (
+    ChannelReduction,
+    correlation_losses,
+    infonce,
+    squared_errors,
+    standardize_batch,
+    standardize_sample,
+)
 from hetkd.methods.uhkd import spectrum_per_pixel
 from hetkd.spectral import dwt2, idwt2, low_frequencies
 
@@ -251,6 +258,12 @@ def test_spectral_gate_equals_a_gate_on_the_fft():
     torch.testing.assert_close(refine(dwt2(x, "haar", 0)).low, expected, atol=1e-5, rtol=1e-4)
 
 
+def correlation_loss(student, target, weight, **options):
+    """Compares one stage ``[B, D, *K]``, weighted by ``[*K]``."""
+    weight = weight.expand(student.shape[1], *weight.shape).flatten()
+    return correlation_losses([student], [target], weight, **options)[0]
+
+
 def test_correlation_loss_of_real_coefficients_equals_numpy():
     student, target = torch.randn(20, 3, 2, dtype=torch.float64), torch.randn(20, 3, 2, dtype=torch.float64)
     weight = torch.tensor([1.0, 0.25], dtype=torch.float64)
@@ -284,6 +297,24 @@ def test_correlation_loss_ignores_scale_shift_and_constant_targets():
     target[:, 2] = 7.0
     assert correlation_loss(student, target, weight, is_complex=True) < 1e-6
     assert correlation_loss(-student, target, weight, is_complex=True) == pytest.approx(4.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("is_complex", [True, False])
+def test_all_stages_at_once_are_compared_as_one_by_one(is_complex):
+    end = (2,) if is_complex else ()
+    students, targets = ([torch.randn(6, d, k, 3, *end) for d, k in ((4, 5), (7, 2), (3, 1))] for _ in range(2))
+    weights = [torch.rand(k, 3) for k in (5, 2, 1)]
+    joint = torch.cat([w.expand(x.shape[1], *w.shape).flatten() for w, x in zip(weights, students, strict=True)])
+    options = {"is_complex": is_complex, "decorrelation": 0.1}
+    for loss, *one in zip(
+        correlation_losses(students, targets, joint, **options), students, targets, weights, strict=True
+    ):
+        torch.testing.assert_close(loss, correlation_loss(*one, **options))
+    found = squared_errors(students, targets, joint, is_complex=is_complex, standardize=True)
+    for loss, student, target, weight in zip(found, students, targets, weights, strict=True):
+        error = (student - standardize_batch(target, is_complex=is_complex)).square()
+        weight = weight.view(*weight.shape, *(1 for _ in end)).expand_as(error)
+        torch.testing.assert_close(loss, (error * weight).sum() / weight.sum())
 
 
 def test_a_batch_of_one_has_no_statistics():

@@ -13,8 +13,10 @@ from hetkd.names import unknown_name
 from hetkd.spectral.precision import at_least_float32
 
 
-class FeatureMethod(Method):
+class StagewiseMethod(Method):
     """Base of methods with one loss a stage pair, beside cross-entropy and KL divergence.
+
+    `FeatureMethod` is for those that look at one pair after the other.
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages by ``stage_weights``.
@@ -80,11 +82,11 @@ class FeatureMethod(Method):
     def feature_terms(self, student: Features, targets: Targets, labels: Tensor | None) -> dict[str, Tensor]:
         """Returns one weighted term a stage pair, named after the student's stage."""
         assert self.pairs is not None, "bind comes first"
+        with torch.autocast(student.maps[0].device.type, enabled=False):
+            maps = [at_least_float32(x) for x in student.maps]
+            losses = self.compare_all(maps, [self.target_of(i, targets) for i in range(len(maps))], labels)
         terms = {}
-        for index in range(len(self.pairs)):
-            x = student.maps[index]
-            with torch.autocast(x.device.type, enabled=False):
-                loss = self.compare(index, at_least_float32(x), self.target_of(index, targets), labels)
+        for index, loss in enumerate(losses):
             if self.log_variance is not None:
                 loss = loss * torch.exp(-self.log_variance[index]) + self.log_variance[index]
             terms[self._names[index]] = self.feature_weight * self._weights[index] * loss
@@ -102,6 +104,25 @@ class FeatureMethod(Method):
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Turns the teacher's map ``[B, C_t, h, w]`` (float32, autocast off) into a target; here it stays as it is."""
         return x
+
+    @abstractmethod
+    def compare_all(self, maps: list[Tensor], targets: list[Tensor], labels: Tensor | None) -> list[Tensor]:
+        """Returns the loss of each stage pair.
+
+        Args:
+            maps: The student's ``[B, C_s, h, w]`` of each pair (float32, autocast off).
+            targets: What `encode_stage` returned of each pair for the same images.
+            labels: As for `Method.forward`.
+        """
+
+
+class FeatureMethod(StagewiseMethod):
+    """Base of methods that compare one stage pair after the other; arguments as of `StagewiseMethod`."""
+
+    def compare_all(self, maps: list[Tensor], targets: list[Tensor], labels: Tensor | None) -> list[Tensor]:
+        """Returns `compare` of each stage pair; see `StagewiseMethod.compare_all`."""
+        parts = zip(maps, targets, strict=True)
+        return [self.compare(index, x, target, labels) for index, (x, target) in enumerate(parts)]
 
     @abstractmethod
     def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:

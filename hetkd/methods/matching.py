@@ -1,5 +1,7 @@
 """How coefficients of student and teacher are standardised and compared."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,10 +45,15 @@ def _centre(x: Tensor, is_complex: bool, eps: float) -> tuple[Tensor, Tensor, Te
     return centred, variance, floor
 
 
-def correlation_loss(
-    student: Tensor, target: Tensor, weight: Tensor, *, is_complex: bool = False, decorrelation: float = 0.0
-) -> Tensor:
-    r"""Compares coefficients by their correlation over the batch of all processes.
+def correlation_losses(
+    students: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    is_complex: bool = False,
+    decorrelation: float = 0.0,
+) -> list[Tensor]:
+    r"""Compares coefficients of some stages by their correlation over the batch of all processes.
 
     .. math:: L = \frac{\sum_k w_k (1 - \rho_k)^2}{\sum_k w_k}, \quad
         \rho_k = \frac{\mathrm{Re} \sum_b \tilde s_{bk} \overline{\tilde t_{bk}}}{\|\tilde s_k\| \|\tilde t_k\|}
@@ -55,44 +62,83 @@ def correlation_loss(
     (arXiv 2507.21844). Coefficients that do not vary in the teacher are left out.
 
     Args:
-        student: ``[B, D, *K]``, or ``[B, D, *K, 2]`` for complex coefficients.
-        target: Of the same shape, without gradient.
-        weight: ``[*K]``, not negative.
+        students: ``[B, D, *K]`` of each stage, or ``[B, D, *K, 2]`` for complex coefficients.
+        targets: Of the same shapes, without gradient.
+        weight: ``[N]``, not negative: of the D * K coefficients of the first stage, then of the second, and so on.
         is_complex: Whether the last axis holds real and imaginary parts.
         decorrelation: Weight of RSD's off-diagonal term: the squared correlations between
             different channels at the same frequency, summed over one and averaged over the other.
 
     Returns:
-        A scalar between 0 and 4 (without ``decorrelation``).
+        A scalar a stage, between 0 and 4 (without ``decorrelation``).
 
     Raises:
         ValueError: If the batch of all processes has a single image.
     """
-    if not is_complex:
-        student, target = student.unsqueeze(-1), target.unsqueeze(-1)
+    channels = [x.shape[1] for x in students]
+    student, sizes = _side_by_side(students, is_complex)
+    target, _ = _side_by_side(targets, is_complex)
     student, student_variance, student_floor = _centre(student, True, _EPS)
     target, target_variance, target_floor = _centre(target, True, TARGET_EPS)
     student_scale, target_scale = (student_variance + student_floor).rsqrt(), (target_variance + target_floor).rsqrt()
     correlation = _batch_mean(student * target).sum(-1) * (student_scale * target_scale).squeeze(-1)
     weight = weight * (target_variance > target_floor).squeeze(-1)
-    loss = (weight * (1 - correlation).square()).sum() / weight.sum().clamp_min(_EPS)
+    losses = _weighted_means((1 - correlation).square(), weight, sizes)
     if decorrelation:
-        loss = loss + decorrelation * _off_diagonal(student * student_scale, target * target_scale, weight)
-    return loss
+        scaled = ((student * student_scale).split(sizes, 1), (target * target_scale).split(sizes, 1))
+        parts = zip(channels, *scaled, weight.split(sizes), strict=True)
+        losses = [loss + decorrelation * _off_diagonal(*part) for loss, part in zip(losses, parts, strict=True)]
+    return losses
 
 
-def _off_diagonal(student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    channels = student.shape[1]
-    student, target = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (student, target))
+def _off_diagonal(channels: int, student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    student, target = student.unflatten(1, (channels, -1)), target.unflatten(1, (channels, -1))
     cross = sum_over_processes(torch.einsum("bckr,bdkr->kcd", student, target)) / _global_batch(student)
     off = 1 - torch.eye(channels, device=cross.device, dtype=cross.dtype)
-    weight = weight.reshape(channels, -1).mean(0)
+    weight = weight.unflatten(0, (channels, -1)).mean(0)
     return (weight * (cross * off).square().sum((1, 2)) / channels).sum() / weight.sum().clamp_min(_EPS)
 
 
-def weighted_mse(student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Returns the mean squared difference of ``[B, D, *K]``, weighted by ``[*K]``."""
-    return ((student - target).square() * weight).mean() / weight.mean()
+def squared_errors(
+    students: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    is_complex: bool = False,
+    standardize: bool = False,
+) -> list[Tensor]:
+    """Returns the mean squared difference of some stages.
+
+    Args:
+        students: See `correlation_losses`.
+        targets: See there.
+        weight: See there.
+        is_complex: See there.
+        standardize: Whether targets go through `standardize_batch` first.
+
+    Raises:
+        ValueError: If they do, and the batch of all processes has a single image.
+    """
+    student, sizes = _side_by_side(students, is_complex)
+    target, _ = _side_by_side(targets, is_complex)
+    if standardize:
+        target = standardize_batch(target, is_complex=True, eps=TARGET_EPS)
+    return _weighted_means((student - target).square().mean((0, -1)), weight, sizes)
+
+
+def _side_by_side(parts: Sequence[Tensor], is_complex: bool) -> tuple[Tensor, list[int]]:
+    """Returns the coefficients of all stages as ``[B, N, 1 or 2]``, and how many are of each.
+
+    All of them at once cost as many operations, and exchanges between processes, as those of one stage.
+    """
+    flat = [x.flatten(1, -2) if is_complex else x.flatten(1).unsqueeze(-1) for x in parts]
+    return torch.cat(flat, dim=1), [x.shape[1] for x in flat]
+
+
+def _weighted_means(x: Tensor, weight: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Returns the weighted means of the parts of ``[N]`` that have these sizes."""
+    parts = zip((weight * x).split(sizes), weight.split(sizes), strict=True)
+    return [product.sum() / of_part.sum().clamp_min(_EPS) for product, of_part in parts]
 
 
 def infonce(student: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:

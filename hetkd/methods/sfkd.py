@@ -16,16 +16,16 @@ from hetkd.adapter import StagePair
 from hetkd.grid import common_grid, to_grid
 from hetkd.methods.base import not_negative, register_method, whole_number
 from hetkd.methods.ds2s import DS2S, LiteDS2S, to_bands, to_groups
-from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
+from hetkd.methods.feature import StagewiseMethod, count_parameters, kept_frequencies
 from hetkd.methods.linear import LinearMap, mix_channels
 from hetkd.methods.matching import (
     TARGET_EPS,
     ChannelReduction,
-    correlation_loss,
+    correlation_losses,
     infonce,
+    squared_errors,
     standardize_batch,
     standardize_sample,
-    weighted_mse,
 )
 from hetkd.names import choice
 from hetkd.spectral import amplitude, dwt2, half_plane_window, idwt2, low_frequencies
@@ -33,7 +33,7 @@ from hetkd.spectral.wavelet import check_wavelet
 
 
 @register_method("sfkd")
-class SFKD(FeatureMethod):
+class SFKD(StagewiseMethod):
     r"""Wavelet sub-bands of the student, refined, recombined, and compared by a Gaussian-filtered frequency loss.
 
     For each stage pair, on a common G x G grid:
@@ -152,13 +152,15 @@ class SFKD(FeatureMethod):
             kept_frequencies(self.keep, pair, min(grid)) for pair, grid in zip(pairs, self._grids, strict=True)
         ]
         self.reduce = nn.ModuleList(ChannelReduction(p.teacher.channels, self.width, self.reduction) for p in pairs)
+        widths = [min(pair.teacher.channels, self.width) for pair in pairs]
         self.project = nn.ModuleList(
-            aligning_projection(p.student.channels, min(p.teacher.channels, self.width)) for p in pairs
+            aligning_projection(pair.student.channels, width) for pair, width in zip(pairs, widths, strict=True)
         )
         self.refine = nn.ModuleList(self._refinement(index, pair) for index, pair in enumerate(pairs))
         self._make_linear_maps(pairs)
-        for index, (grid, keep) in enumerate(zip(self._grids, self._keeps, strict=True)):
-            self.register_buffer(f"window{index}", half_plane_window(grid, keep, self.sigma), persistent=False)
+        parts = zip(self._grids, self._keeps, widths, strict=True)
+        weights = [half_plane_window(grid, keep, self.sigma).expand(width, -1, -1) for grid, keep, width in parts]
+        self.register_buffer("weight", torch.cat([weight.flatten() for weight in weights]), persistent=False)
 
     def _make_linear_maps(self, pairs: Sequence[StagePair]) -> None:
         """Makes what GFFL needs of wavelets and spectra: all but the refinement is linear, and fixed."""
@@ -237,21 +239,25 @@ class SFKD(FeatureMethod):
         x = self.teacher_spectra[index](x) if self.loss == "gffl" else to_grid(x, self._grids[index])
         return self._representation(self.reduce[index](x))
 
-    def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the loss between the refined student feature and the target."""
+    def compare_all(self, maps: list[Tensor], targets: list[Tensor], labels: Tensor | None) -> list[Tensor]:
+        """Returns the losses between the refined student features and the targets."""
         if self.loss == "gffl":
-            return self._gffl(index, self._representation(self._refined_spectrum(index, x)), target)
-        student = self._representation(self.refined_feature(index, x))
+            return self._gffl([self._refined_spectrum(index, x) for index, x in enumerate(maps)], targets)
+        students = [self._representation(self.refined_feature(index, x)) for index, x in enumerate(maps)]
         if self.normalize == "batch":
-            student, target = standardize_batch(student), standardize_batch(target, eps=TARGET_EPS)
-        return infonce(student, target) if self.loss == "infonce" else F.mse_loss(student, target)
+            students = [standardize_batch(x) for x in students]
+            targets = [standardize_batch(x, eps=TARGET_EPS) for x in targets]
+        loss = infonce if self.loss == "infonce" else F.mse_loss
+        return [loss(student, target) for student, target in zip(students, targets, strict=True)]
 
-    def _gffl(self, index: int, student: Tensor, target: Tensor) -> Tensor:
-        window = getattr(self, f"window{index}").to(student.dtype)
-        is_complex = self.spectrum == "complex"
-        if self.normalize == "batch":
-            return correlation_loss(student, target, window, is_complex=is_complex, decorrelation=self.decorrelation)
-        return weighted_mse(student, target, window.unsqueeze(-1) if is_complex else window)
+    def _gffl(self, spectra: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
+        students = [self._representation(spectrum) for spectrum in spectra]
+        weight, is_complex = self.weight.to(students[0].dtype), self.spectrum == "complex"
+        if self.normalize == "sample":
+            return squared_errors(students, targets, weight, is_complex=is_complex)
+        return correlation_losses(students, targets, weight, is_complex=is_complex, decorrelation=self.decorrelation)
+
+    weight: Tensor
 
     def refined_feature(self, index: int, x: Tensor) -> Tensor:
         """Returns the student's aligned, refined and recombined feature ``[B, D, G, G]``."""

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from hetkd.adapter import Stage, StagePair
 from hetkd.grid import to_grid
 from hetkd.methods.base import register_method, whole_number
-from hetkd.methods.feature import FeatureMethod, count_parameters, kept_frequencies
+from hetkd.methods.feature import StagewiseMethod, count_parameters, kept_frequencies
 from hetkd.methods.linear import LinearMap, mix_channels
 from hetkd.methods.matching import (
-    TARGET_EPS,
     ChannelReduction,
-    standardize_batch,
+    squared_errors,
     standardize_sample,
-    weighted_mse,
 )
 from hetkd.names import choice
 from hetkd.spectral import amplitude, half_plane_window, low_frequencies
@@ -28,7 +26,7 @@ _COMPRESSIONS: dict[str, Callable[[Tensor], Tensor]] = {"log": torch.log1p, "pow
 
 
 @register_method("uhkd")
-class UHKD(FeatureMethod):
+class UHKD(StagewiseMethod):
     r"""Compact frequency-domain targets of the teacher (FTM), matched by an aligned student (FAM).
 
     For each stage pair:
@@ -109,19 +107,18 @@ class UHKD(FeatureMethod):
         """
         super().bind(pairs)
         self._keeps = [kept_frequencies(self.keep, p, min(*p.teacher.grid, *p.student.grid)) for p in pairs]
+        widths = [min(pair.teacher.channels, self.width) for pair in pairs]
         self.reduce = nn.ModuleList(ChannelReduction(p.teacher.channels, self.width, self.reduction) for p in pairs)
         self.teacher_spectra = nn.ModuleList(
             LinearMap(partial(spectrum_per_pixel, keep=keep), pair.teacher.grid)
             for pair, keep in zip(pairs, self._keeps, strict=True)
         )
         self.align = nn.ModuleList(
-            FAM(pair.student, min(pair.teacher.channels, self.width), keep, self)
-            for pair, keep in zip(pairs, self._keeps, strict=True)
+            FAM(pair.student, width, keep, self) for pair, width, keep in zip(pairs, widths, self._keeps, strict=True)
         )
-        for index, keep in enumerate(self._keeps):
-            self.register_buffer(
-                f"window{index}", half_plane_window((keep, keep), keep, float("inf")), persistent=False
-            )
+        windows = [half_plane_window((keep, keep), keep, float("inf")) for keep in self._keeps]
+        weights = [window.expand(width, -1, -1) for window, width in zip(windows, widths, strict=True)]
+        self.register_buffer("weight", torch.cat([weight.flatten() for weight in weights]), persistent=False)
 
     def describe(self, index: int) -> str:
         """Returns the kept frequencies of stage pair ``index``."""
@@ -135,16 +132,16 @@ class UHKD(FeatureMethod):
         """Returns the teacher's compressed spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
         return self.compress(self.reduce[index](self.teacher_spectra[index](x)))
 
-    def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the mean squared error between FAM's output and the standardised target."""
-        student = self.align[index](x)
-        is_complex = self.spectrum == "complex"
-        if self.normalize == "batch":
-            target = standardize_batch(target, is_complex=is_complex, eps=TARGET_EPS)
-        else:
-            target = standardize_sample(target)
-        window = getattr(self, f"window{index}").to(student.dtype)
-        return weighted_mse(student, target, window.unsqueeze(-1) if is_complex else window)
+    def compare_all(self, maps: list[Tensor], targets: list[Tensor], labels: Tensor | None) -> list[Tensor]:
+        """Returns the mean squared errors between FAM's output and the standardised targets."""
+        students = [align(x) for align, x in zip(self.align, maps, strict=True)]
+        over_batch, is_complex = self.normalize == "batch", self.spectrum == "complex"
+        if not over_batch:
+            targets = [standardize_sample(target) for target in targets]
+        weight = self.weight.to(students[0].dtype)
+        return squared_errors(students, targets, weight, is_complex=is_complex, standardize=over_batch)
+
+    weight: Tensor
 
     def compress(self, spectrum: Tensor) -> Tensor:
         """Compresses the amplitudes of a complex spectrum ``[..., 2]``; drops the phases unless they are compared."""
