@@ -128,15 +128,15 @@ def test_sfkd_by_matrices_equals_its_steps_one_by_one(grids, options):
         parameter.data += 0.1 * torch.randn_like(parameter)
     x, y = torch.randn(4, 12, *student), torch.randn(4, 24, *teacher)
     keep, grid = method._keeps[0], method._grids[0]
-    expected = low_frequencies(method.refined_feature(0, x), keep, half=True)
-    torch.testing.assert_close(method._refined_spectrum(0, x), expected, atol=1e-5, rtol=1e-4)
+    expected = low_frequencies(method.refined_features([x])[0], keep, half=True)
+    torch.testing.assert_close(method.refined_spectra([x])[0], expected, atol=1e-5, rtol=1e-4)
     resampled = F.interpolate(y, grid, mode="bilinear", antialias=True)
     torch.testing.assert_close(method.encode_stage(0, y), low_frequencies(resampled, keep, half=True))
     projected = F.interpolate(F.conv2d(x, method.project[0].weight), grid, mode="bilinear", antialias=True)
-    refine = method.refine[0]
-    if not isinstance(refine, nn.Identity):
+    refine = method.shared[0].refine
+    if refine is not None:
         projected = idwt2(refine(dwt2(projected, method.wavelet, method._levels[0])), method.wavelet)
-    torch.testing.assert_close(method.refined_feature(0, x), projected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(method.refined_features([x])[0], projected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", UHKD_OPTIONS)
@@ -211,7 +211,7 @@ def test_targets_are_compact(method_class):
 @pytest.mark.parametrize("levels", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", [DS2S, LiteDS2S])
 def test_refinement_starts_as_the_identity_and_then_changes_every_band(levels, kind):
-    refine = kind(6, (16, 8), levels)
+    refine = kind([4, 2], (16, 8), levels)
     x = torch.randn(3, 6, 16, 8)
     bands = dwt2(x, "haar", levels)
     for ours, theirs in zip(refine(bands).details, bands.details, strict=True):
@@ -226,7 +226,7 @@ def test_refinement_starts_as_the_identity_and_then_changes_every_band(levels, k
 
 
 def test_low_and_high_frequencies_exchange_information():
-    refine = DS2S(4, (8, 8), 2)
+    refine = DS2S([4], (8, 8), 2)
     for parameter in refine.parameters():
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 4, 8, 8)
@@ -244,12 +244,12 @@ def test_kernels_are_depthwise_convolutions(size):
 
 
 def test_lite_has_a_fraction_of_the_parameters():
-    full, lite = (sum(p.numel() for p in kind(256, (8, 8), 2).parameters()) for kind in (DS2S, LiteDS2S))
+    full, lite = (sum(p.numel() for p in kind([256], (8, 8), 2).parameters()) for kind in (DS2S, LiteDS2S))
     assert lite < full / 2
 
 
 def test_spectral_gate_equals_a_gate_on_the_fft():
-    refine = DS2S(3, (8, 6), 0, streams="spectral", stages=1)
+    refine = DS2S([3], (8, 6), 0, streams="spectral", stages=1)
     gate = nn.init.normal_(refine.gates["0"].gate)
     x = torch.randn(2, 3, 8, 6)
     rows, columns = torch.tensor([0, 1, 2, 3, 4, 3, 2, 1]), torch.arange(4)

@@ -1,5 +1,6 @@
 """DS2S: dual-stream dual-stage refinement of wavelet sub-bands (SFKD, arXiv 2607.01906; our own reading)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ class DS2S(nn.Module):
     its grid, and the spectral stream gates each band by the spectral energies of all of them, so that low
     and high frequencies exchange information.
 
+    Bands of several feature maps of one grid are refined together, their channels side by side: nothing is shared
+    between them, but as many operations as for one of them do for all.
+
     Args:
-        channels: D of the bands.
+        channels: Of the feature maps; D is their sum.
         grid: Height and width of the map that the bands come from.
         levels: J of the wavelet transform.
         streams: ``"both"``, ``"spatial"`` or ``"spectral"``.
@@ -35,7 +39,7 @@ class DS2S(nn.Module):
 
     def __init__(
         self,
-        channels: int,
+        channels: Sequence[int],
         grid: tuple[int, int],
         levels: int,
         *,
@@ -44,6 +48,7 @@ class DS2S(nn.Module):
         gate_whole_map: bool = True,
     ) -> None:
         super().__init__()
+        self.channels, total = list(channels), sum(channels)
         groups = [(3, (grid[0] >> level, grid[1] >> level)) for level in range(1, levels + 1)]
         coarsest = (grid[0] >> levels, grid[1] >> levels)
         groups = [*groups[:-1], (4, coarsest)] if levels else [(1, coarsest)]
@@ -53,13 +58,13 @@ class DS2S(nn.Module):
             if size == (1, 1):  # a single coefficient has no surroundings and no spectrum
                 continue
             if spatial:
-                self.kernels[str(index)] = DepthwiseKernel(channels, count, size)
+                self.kernels[str(index)] = DepthwiseKernel(total, count, size)
             if spectral and (levels or gate_whole_map):
-                self.gates[str(index)] = SpectralGate(channels, count, size)
+                self.gates[str(index)] = SpectralGate(total, count, size)
         bands = sum(count for count, _ in groups)
         across = stages == 2 and bands > 1
-        self.exchange = nn.Parameter(torch.zeros(channels, bands, bands)) if spatial and across else None
-        self.balance = BandBalance(bands) if spectral and across else None
+        self.exchange = nn.Parameter(torch.zeros(total, bands, bands)) if spatial and across else None
+        self.balances = nn.ModuleList(BandBalance(bands) for _ in channels) if spectral and across else None
 
     def forward(self, bands: Bands) -> Bands:
         """Returns refined bands of the same shapes."""
@@ -70,9 +75,16 @@ class DS2S(nn.Module):
         groups = [self._within_bands(index, x) for index, x in enumerate(groups)]
         if self.exchange is not None:
             groups = self._across_bands(groups, self.exchange)
-        if self.balance is not None:
-            groups = self.balance(groups)
+        if self.balances is not None:
+            groups = self._balanced(groups, self.balances)
         return groups
+
+    def parameters_of(self, index: int) -> int:
+        """Returns the number of parameters of one of the feature maps."""
+        one_a_channel = [*self.kernels.parameters(), *self.gates.parameters()]
+        one_a_channel += [] if self.exchange is None else [self.exchange]
+        balance = [] if self.balances is None else self.balances[index].parameters()
+        return sum(p[0].numel() * self.channels[index] for p in one_a_channel) + sum(p.numel() for p in balance)
 
     def _within_bands(self, index: int, x: Tensor) -> Tensor:
         changes = [stream[str(index)](x) for stream in (self.kernels, self.gates) if str(index) in stream]
@@ -82,9 +94,16 @@ class DS2S(nn.Module):
         counts = [x.shape[2] for x in groups]
         rows = shares.split(counts, dim=1)
         return [
-            x + sum(_share(other, x, share) for other, share in zip(groups, row.split(counts, dim=2), strict=True))
+            sum((_share(y, x, share) for y, share in zip(groups, row.split(counts, dim=2), strict=True)), start=x)
             for x, row in zip(groups, rows, strict=True)
         ]
+
+    def _balanced(self, groups: list[Tensor], balances: nn.ModuleList) -> list[Tensor]:
+        # By Parseval's theorem the mean square of a band is the energy of its spectrum.
+        energy = torch.cat([x.square().mean((-2, -1)) for x in groups], dim=2)
+        parts = zip(balances, energy.split(self.channels, dim=1), strict=True)
+        scales = torch.cat([balance(part) for balance, part in parts], dim=1).split([x.shape[2] for x in groups], dim=2)
+        return [x * scale[..., None, None] for x, scale in zip(groups, scales, strict=True)]
 
 
 def to_groups(bands: Bands) -> list[Tensor]:
@@ -124,28 +143,40 @@ def _resample(x: Tensor, like: Tensor) -> Tensor:
 class LiteDS2S(nn.Module):
     """Refines a few mixtures of the channels by DS2S, and adds what it changes; at the start it is the identity.
 
-    Both mixtures, there and back, are learnt.
+    Both mixtures, there and back, are learnt, for each feature map its own.
 
     Args:
-        channels: D of the bands.
+        channels: See `DS2S`.
         grid: See `DS2S`.
         levels: See `DS2S`.
         **options: Of `DS2S`.
     """
 
-    def __init__(self, channels: int, grid: tuple[int, int], levels: int, **options: Any) -> None:
+    def __init__(self, channels: Sequence[int], grid: tuple[int, int], levels: int, **options: Any) -> None:
         super().__init__()
-        few = min(channels, LITE_CHANNELS)
-        self.reduce = nn.Parameter(nn.init.orthogonal_(torch.empty(few, channels)))
+        self.channels = list(channels)
+        few = [min(count, LITE_CHANNELS) for count in channels]
+        self.reduce = nn.ParameterList(
+            nn.init.orthogonal_(torch.empty(*size)) for size in zip(few, channels, strict=True)
+        )
         self.refine = DS2S(few, grid, levels, **options)
-        self.expand = nn.Parameter(self.reduce.detach().T.clone())
+        self.expand = nn.ParameterList(reduce.detach().T.clone() for reduce in self.reduce)
 
     def forward(self, bands: Bands) -> Bands:
         """Returns refined bands of the same shapes."""
-        few = [mix_channels(self.reduce, x) for x in to_groups(bands)]
+        groups = to_groups(bands)
+        few = [_mix_parts(self.reduce, x.split(self.channels, dim=1)) for x in groups]
         changes = [refined - x for refined, x in zip(self.refine.refined(few), few, strict=True)]
-        groups = zip(to_groups(bands), changes, strict=True)
-        return to_bands([x + mix_channels(self.expand, change) for x, change in groups])
+        parts = [change.split(self.refine.channels, dim=1) for change in changes]
+        return to_bands([x + _mix_parts(self.expand, part) for x, part in zip(groups, parts, strict=True)])
+
+    def parameters_of(self, index: int) -> int:
+        """Returns the number of parameters of one of the feature maps."""
+        return self.reduce[index].numel() + self.expand[index].numel() + self.refine.parameters_of(index)
+
+
+def _mix_parts(weights: nn.ParameterList, parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([mix_channels(weight, x) for weight, x in zip(weights, parts, strict=True)], dim=1)
 
 
 class DepthwiseKernel(nn.Module):
@@ -203,7 +234,7 @@ class SpectralGate(nn.Module):
 
 
 class BandBalance(nn.Module):
-    """Scales each band of each channel by a function of the log energies of all its bands."""
+    """Says by how much to scale each band of a channel: a function of the log energies of all its bands."""
 
     def __init__(self, bands: int, hidden: int = 16, eps: float = 1e-4) -> None:
         super().__init__()
@@ -212,10 +243,7 @@ class BandBalance(nn.Module):
         nn.init.zeros_(self.outer.bias)
         self.eps = eps
 
-    def forward(self, groups: list[Tensor]) -> list[Tensor]:
-        """Returns the groups ``[B, D, bands, h, w]``, scaled."""
-        # By Parseval's theorem the mean square of a band is the energy of its spectrum.
-        energy = torch.cat([x.square().mean((-2, -1)) for x in groups], dim=2)
-        scale = 1 + self.outer(F.gelu(self.inner((energy + self.eps).log())))
-        scales = scale.split([x.shape[2] for x in groups], dim=2)
-        return [x * s[..., None, None] for x, s in zip(groups, scales, strict=True)]
+    def forward(self, energy: Tensor) -> Tensor:
+        """Maps energies ``[B, D, bands]`` to factors, 1 at the start."""
+        scale: Tensor = 1 + self.outer(F.gelu(self.inner((energy + self.eps).log())))
+        return scale

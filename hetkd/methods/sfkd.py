@@ -3,8 +3,7 @@
 Only the paper's abstract is public knowledge here; the internals are this project's own reading of it.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -156,45 +155,21 @@ class SFKD(StagewiseMethod):
         self.project = nn.ModuleList(
             aligning_projection(pair.student.channels, width) for pair, width in zip(pairs, widths, strict=True)
         )
-        self.refine = nn.ModuleList(self._refinement(index, pair) for index, pair in enumerate(pairs))
-        self._make_linear_maps(pairs)
+        shapes = list(zip(self._grids, self._levels, self._keeps, strict=True))
+        self._together = [[i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
+        self.shared = nn.ModuleList(
+            SharedGrid(*shapes[together[0]], self.wavelet, self._refinement([widths[i] for i in together], together[0]))
+            for together in self._together
+        )
+        self.teacher_spectra = nn.ModuleList(
+            LinearMap(partial(self._spectrum, index), pair.teacher.grid) for index, pair in enumerate(pairs)
+        )
         parts = zip(self._grids, self._keeps, widths, strict=True)
         weights = [half_plane_window(grid, keep, self.sigma).expand(width, -1, -1) for grid, keep, width in parts]
         self.register_buffer("weight", torch.cat([weight.flatten() for weight in weights]), persistent=False)
 
-    def _make_linear_maps(self, pairs: Sequence[StagePair]) -> None:
-        """Makes what GFFL needs of wavelets and spectra: all but the refinement is linear, and fixed."""
-        self.teacher_spectra, self.student_spectra = nn.ModuleList(), nn.ModuleList()
-        self.splits, self.merges = nn.ModuleList(), nn.ModuleList()
-        for index, pair in enumerate(pairs if self.loss == "gffl" else ()):
-            to_spectrum = partial(self._spectrum, index)
-            start = pair.student.grid if self._aligns_first(index, pair.student.grid) else self._grids[index]
-            self.teacher_spectra.append(LinearMap(to_spectrum, pair.teacher.grid))
-            self.student_spectra.append(LinearMap(to_spectrum, start))
-            refined = not isinstance(self.refine[index], nn.Identity)
-            groups = self._bands(index, torch.zeros(1, 1, *start)) if refined else []
-            parts = [partial(self._group, index, number) for number in range(len(groups))]
-            self.splits.append(nn.ModuleList(LinearMap(part, start) for part in parts))
-            self.merges.append(
-                nn.ModuleList(
-                    LinearMap(partial(self._spectrum_of_group, index, number), tuple(x.shape[2:]))
-                    for number, x in enumerate(groups)
-                )
-            )
-
     def _spectrum(self, index: int, x: Tensor) -> Tensor:
         return low_frequencies(to_grid(x, self._grids[index]), self._keeps[index], half=True)
-
-    def _bands(self, index: int, x: Tensor) -> list[Tensor]:
-        return to_groups(dwt2(to_grid(x, self._grids[index]), self.wavelet, self._levels[index]))
-
-    def _group(self, index: int, number: int, x: Tensor) -> Tensor:
-        return self._bands(index, x)[number]
-
-    def _spectrum_of_group(self, index: int, number: int, group: Tensor) -> Tensor:
-        groups = [x.new_zeros(len(group), *x.shape[1:]) for x in self._bands(index, group.new_zeros(1, 1, 1, 1))]
-        groups[number] = group
-        return self._spectrum(index, idwt2(to_bands(groups), self.wavelet))
 
     def _levels_of(self, pair: StagePair) -> int:
         if self.levels is not None:
@@ -211,12 +186,12 @@ class SFKD(StagewiseMethod):
                 "input_size."
             )
 
-    def _refinement(self, index: int, pair: StagePair) -> nn.Module:
+    def _refinement(self, widths: list[int], index: int) -> DS2S | LiteDS2S | None:
         # On a single pixel, refinement could only scale a channel, which the loss does not see.
         if self.ds2s is None or self.refinement_stages == 0 or self._grids[index] == (1, 1):
-            return nn.Identity()
+            return None
         return (LiteDS2S if self.ds2s == "lite" else DS2S)(
-            min(pair.teacher.channels, self.width),
+            widths,
             self._grids[index],
             self._levels[index],
             streams=self.streams,
@@ -232,7 +207,14 @@ class SFKD(StagewiseMethod):
 
     def added_parameters(self, index: int) -> int:
         """Returns the parameters of the projection and the refinement of stage pair ``index``."""
-        return count_parameters(self.project[index], self.refine[index])
+        together, shared = next(
+            (together, shared)
+            for together, shared in zip(self._together, self.shared, strict=True)
+            if index in together
+        )
+        refine = cast(SharedGrid, shared).refine
+        refinement = 0 if refine is None else refine.parameters_of(together.index(index))
+        return count_parameters(self.project[index]) + refinement
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Returns the teacher's spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis; no GFFL: its map)."""
@@ -242,8 +224,8 @@ class SFKD(StagewiseMethod):
     def compare_all(self, maps: list[Tensor], targets: list[Tensor], labels: Tensor | None) -> list[Tensor]:
         """Returns the losses between the refined student features and the targets."""
         if self.loss == "gffl":
-            return self._gffl([self._refined_spectrum(index, x) for index, x in enumerate(maps)], targets)
-        students = [self._representation(self.refined_feature(index, x)) for index, x in enumerate(maps)]
+            return self._gffl(self.refined_spectra(maps), targets)
+        students = [self._representation(x) for x in self.refined_features(maps)]
         if self.normalize == "batch":
             students = [standardize_batch(x) for x in students]
             targets = [standardize_batch(x, eps=TARGET_EPS) for x in targets]
@@ -259,48 +241,96 @@ class SFKD(StagewiseMethod):
 
     weight: Tensor
 
-    def refined_feature(self, index: int, x: Tensor) -> Tensor:
-        """Returns the student's aligned, refined and recombined feature ``[B, D, G, G]``."""
-        aligned = to_grid(self._aligned(index, x), self._grids[index])
-        refine = self.refine[index]
-        if isinstance(refine, nn.Identity):
-            return aligned
-        return idwt2(refine(dwt2(aligned, self.wavelet, self._levels[index])), self.wavelet)
+    def refined_features(self, maps: list[Tensor]) -> list[Tensor]:
+        """Returns the student's aligned, refined and recombined features ``[B, D, G, G]``."""
+        return self._through(SharedGrid.features, maps)
 
-    def _refined_spectrum(self, index: int, x: Tensor) -> Tensor:
-        """Returns the low frequencies of `refined_feature`, without making it."""
-        refine, spectra = self.refine[index], self.student_spectra[index]
-        if isinstance(refine, DS2S):
-            return self._recombined_spectrum(index, refine, self._aligned(index, x))
-        # Mixing channels commutes with mixing pixels: the projection works on few coefficients, or for few mixtures.
-        x, projection = self._on_fewer_pixels(index, x), cast(Tensor, self.project[index].weight).flatten(1)
-        spectrum = mix_channels(projection, spectra(x))
-        if isinstance(refine, LiteDS2S):
-            few = mix_channels(refine.reduce @ projection, x)
-            change = self._recombined_spectrum(index, refine.refine, few) - spectra(few)
-            spectrum = spectrum + mix_channels(refine.expand, change)
-        return spectrum
+    def refined_spectra(self, maps: list[Tensor]) -> list[Tensor]:
+        """Returns the low frequencies of `refined_features`, without making them."""
+        return self._through(SharedGrid.spectra, maps)
 
-    def _recombined_spectrum(self, index: int, refine: DS2S, aligned: Tensor) -> Tensor:
-        groups = refine.refined([split(aligned) for split in cast(nn.ModuleList, self.splits[index])])
-        merges = cast(nn.ModuleList, self.merges[index])
-        return torch.stack([merge(group) for merge, group in zip(merges, groups, strict=True)]).sum(0)
-
-    def _aligned(self, index: int, x: Tensor) -> Tensor:
-        aligned: Tensor = self.project[index](self._on_fewer_pixels(index, x))
-        return aligned
-
-    def _on_fewer_pixels(self, index: int, x: Tensor) -> Tensor:
-        """Returns the student's map on its own grid or on the common one, where there are fewer pixels."""
-        return x if self._aligns_first(index, (x.shape[-2], x.shape[-1])) else to_grid(x, self._grids[index])
-
-    def _aligns_first(self, index: int, native: tuple[int, int]) -> bool:
-        return math.prod(native) <= math.prod(self._grids[index])
+    def _through(self, what: Callable[..., Sequence[Tensor]], maps: list[Tensor]) -> list[Tensor]:
+        """Brings maps to their common grids, and those of one grid through its transforms together."""
+        found: dict[int, Tensor] = {}
+        for together, shared in zip(self._together, self.shared, strict=True):
+            on_grid = [to_grid(maps[index], self._grids[index]) for index in together]
+            results = what(shared, on_grid, [self.project[index].weight for index in together])
+            found.update(zip(together, results, strict=True))
+        return [found[index] for index in range(len(maps))]
 
     def _representation(self, x: Tensor) -> Tensor:
         if self.loss == "gffl" and self.spectrum == "amplitude":
             x = amplitude(x)
         return standardize_sample(x) if self.normalize == "sample" else x
+
+
+class SharedGrid(nn.Module):
+    """The student's way from its maps on one common grid to refined features, or to their spectra.
+
+    Wavelets, their inverse and spectra are linear and fixed: each chain of them is one matrix. Mixing channels commutes
+    with it, and is done where there are fewest pixels or channels.
+
+    Args:
+        grid: Height and width of the maps.
+        levels: J of the wavelet transform.
+        keep: Frequencies kept per axis.
+        wavelet: By name.
+        refine: What refines the sub-bands of all stages of this grid, if anything.
+    """
+
+    def __init__(
+        self, grid: tuple[int, int], levels: int, keep: int, wavelet: str, refine: DS2S | LiteDS2S | None
+    ) -> None:
+        super().__init__()
+        self.levels, self.wavelet, self.refine = levels, wavelet, refine
+        self.spectrum = LinearMap(partial(low_frequencies, keep=keep, half=True), grid)
+        stacks = [] if refine is None else self._stacks(torch.zeros(1, 1, *grid))
+        self.splits = nn.ModuleList(LinearMap(partial(self._stack, i), grid) for i in range(len(stacks)))
+        self.merges = nn.ModuleList(
+            LinearMap(partial(self._spectrum_of_stack, i, keep, stacks), tuple(stack.shape[2:]))
+            for i, stack in enumerate(stacks)
+        )
+
+    def features(self, maps: list[Tensor], projections: list[Tensor]) -> Sequence[Tensor]:
+        """Projects maps ``[B, C, *grid]`` by 1x1 convolutions ``[D, C, 1, 1]``, and refines them."""
+        aligned = self._aligned(maps, projections)
+        if self.refine is not None:
+            aligned = idwt2(self.refine(dwt2(aligned, self.wavelet, self.levels)), self.wavelet)
+        return aligned.split([len(weight) for weight in projections], dim=1)
+
+    def spectra(self, maps: list[Tensor], projections: list[Tensor]) -> Sequence[Tensor]:
+        """Returns the low frequencies ``[B, D, K, K // 2 + 1, 2]`` of `features`."""
+        if isinstance(self.refine, DS2S):
+            refined = self._refined_spectrum(self.refine, self._aligned(maps, projections))
+            return refined.split(self.refine.channels, dim=1)
+        weights = [weight.flatten(1) for weight in projections]
+        spectra = [mix_channels(weight, self.spectrum(x)) for weight, x in zip(weights, maps, strict=True)]
+        if self.refine is None:
+            return spectra
+        parts = zip(self.refine.reduce, weights, maps, strict=True)
+        few = torch.cat([mix_channels(reduce @ weight, x) for reduce, weight, x in parts], dim=1)
+        changes = self._refined_spectrum(self.refine.refine, few) - self.spectrum(few)
+        changed = zip(spectra, self.refine.expand, changes.split(self.refine.refine.channels, dim=1), strict=True)
+        return [spectrum + mix_channels(expand, change) for spectrum, expand, change in changed]
+
+    def _aligned(self, maps: list[Tensor], projections: list[Tensor]) -> Tensor:
+        return torch.cat([F.conv2d(x, weight) for x, weight in zip(maps, projections, strict=True)], dim=1)
+
+    def _refined_spectrum(self, refine: DS2S, x: Tensor) -> Tensor:
+        refined = zip(self.merges, refine.refined([split(x) for split in self.splits]), strict=True)
+        return torch.stack([merge(stack) for merge, stack in refined]).sum(0)
+
+    def _stacks(self, x: Tensor) -> list[Tensor]:
+        return to_groups(dwt2(x, self.wavelet, self.levels))
+
+    def _stack(self, index: int, x: Tensor) -> Tensor:
+        return self._stacks(x)[index]
+
+    def _spectrum_of_stack(self, index: int, keep: int, stacks: list[Tensor], x: Tensor) -> Tensor:
+        """Returns the spectrum of the map of which one stack of sub-bands is ``x``, and the others are 0."""
+        others = [x.new_zeros(len(x), *stack.shape[1:]) for stack in stacks]
+        merged = idwt2(to_bands([*others[:index], x, *others[index + 1 :]]), self.wavelet)
+        return low_frequencies(merged, keep, half=True)
 
 
 def _most_levels(pair: StagePair) -> int:
