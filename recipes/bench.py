@@ -40,6 +40,7 @@ from rich.table import Table
 from timing import keep_freed_memory
 
 BATCH, REPEATS = 8, 20
+CUDA_BATCH = 64  # with less, a GPU waits for the launches of its kernels
 SMALL_BATCH, SMALL_REPEATS, STEPS_REPEATS = 4, 6, 10
 console = Console(highlight=False, width=160)
 
@@ -117,7 +118,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     small, steps = arguments.small, arguments.what == "steps"
     arguments.pairs = arguments.pairs or (SMALL_PAIRS if small else list(PAIRS))
     arguments.methods = arguments.methods or (SMALL if small else [*METHODS, *PEERS])
-    arguments.batch_size = arguments.batch_size or (SMALL_BATCH if small else BATCH)
+    batch_size = CUDA_BATCH if torch.cuda.is_available() else SMALL_BATCH if small else BATCH
+    arguments.batch_size = arguments.batch_size or batch_size
     arguments.repeats = arguments.repeats or (SMALL_REPEATS if small else STEPS_REPEATS if steps else REPEATS)
     return arguments
 
