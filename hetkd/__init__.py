@@ -29,6 +29,7 @@ from hetkd.methods import (
     FitNet,
     Method,
     PooledMethod,
+    StagewiseMethod,
     list_methods,
     register_method,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "SFKD",
     "Stage",
     "StagePair",
+    "StagewiseMethod",
     "UHKD",
     "list_adapters",
     "list_methods",

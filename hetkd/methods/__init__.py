@@ -8,7 +8,7 @@ from hetkd.methods.crd import CRD
 from hetkd.methods.deit import DeiT
 from hetkd.methods.dist import DIST
 from hetkd.methods.dkd import DKD
-from hetkd.methods.feature import FeatureMethod, PooledMethod
+from hetkd.methods.feature import FeatureMethod, PooledMethod, StagewiseMethod
 from hetkd.methods.fitnet import FitNet
 from hetkd.methods.kd import CE, KD
 from hetkd.methods.ofa import OFA
@@ -36,6 +36,7 @@ __all__ = [
     "RKD",
     "RSD",
     "SFKD",
+    "StagewiseMethod",
     "Targets",
     "UHKD",
     "list_methods",
