@@ -12,7 +12,8 @@
 student, on images that are ready for both, in the same precision and memory format. Every contender takes turns with
 it: each method of hetkd, timm's distillation tasks, and torchdistill's KD (`pip install ".[bench]"`). `ratio` is the
 median over the rounds of a step's time over the mean of the floors before and after it; `memory_ratio` compares peaks
-of memory, with weights and optimizer; the phases say where the milliseconds go. On the CPU glibc's allocator is told
+of memory, with weights and optimizer; `operations` is how many of PyTorch's operations a step runs, views aside, which
+is what a GPU's launches go by; the phases say where the milliseconds go. On the CPU glibc's allocator is told
 to keep what is freed, for all contenders: otherwise each pays for page faults by luck (`--default-allocator` measures
 without).
 

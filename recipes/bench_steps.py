@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import now, peak_memory, seconds_of
+from timing import now, operations_of, peak_memory, seconds_of
 from torch import Tensor, nn
 
 from hetkd import SFKD, Distiller, Method, list_methods, load_model
@@ -86,6 +86,7 @@ def bench_pair(
                 "ratio_quartiles": f"{low:.3f} to {high:.3f}",
                 "memory_ratio": memory[method] / memory[FLOOR],
                 "added_parameters": each.added_parameters,
+                "operations": operations_of(each.step),
                 "images_per_second": batch_size / statistics.median(seconds),
                 "phases": phases(each, pair, device) if isinstance(each.modules[0], Distiller) else {},
             }

@@ -91,6 +91,13 @@ def peak_memory(function: Callable[[], Any], device: torch.device, *held: Any) -
     return sum(storages.values()) + alive.peak
 
 
+def operations_of(function: Callable[[], Any]) -> int:
+    """Returns how many of PyTorch's operations a function runs, views aside: about the kernels that a GPU launches."""
+    with _Counted() as counted:
+        function()
+    return counted.operations
+
+
 def _tensors(held: Iterable[Any]) -> Iterator[Tensor]:
     for item in held:
         if isinstance(item, Tensor):
@@ -99,6 +106,16 @@ def _tensors(held: Iterable[Any]) -> Iterator[Tensor]:
             yield from (*item.parameters(), *item.buffers())
         else:
             yield from (x for state in item.state.values() for x in state.values() if isinstance(x, Tensor))
+
+
+class _Counted(TorchDispatchMode):
+    """Counts operations."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 class _AliveTensors(TorchDispatchMode):

@@ -107,9 +107,20 @@ def test_bench_of_steps(tmp_path, monkeypatch, capsys):
         assert row["images_per_second"] > 0
     added = {method: row["added_parameters"] for method, row in rows.items()}
     assert added["sfkd"] > added["sfkd lite"] > added["kd"] == 0
+    operations = {method: row["operations"] for method, row in rows.items()}
+    assert operations["sfkd"] > operations["kd"] > operations["floor"] > 100
     phases = {"input transforms", "teacher", "encode", "student", "losses", "backward", "update"}
     assert rows["sfkd"]["phases"].keys() == phases
     assert "timm.task features" in capsys.readouterr().out
+
+
+def test_operations_are_counted_views_aside():
+    from timing import operations_of
+
+    x = torch.ones(3, 4, requires_grad=True)
+    assert operations_of(lambda: x.flatten().view(2, 6).T) == 0
+    assert operations_of(lambda: (x.T @ x).relu()) == 2
+    assert operations_of(lambda: x.exp().sum().backward()) > 2
 
 
 def test_bench_of_parts(monkeypatch):
