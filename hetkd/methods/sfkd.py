@@ -156,10 +156,10 @@ class SFKD(StagewiseMethod):
             aligning_projection(pair.student.channels, width) for pair, width in zip(pairs, widths, strict=True)
         )
         shapes = list(zip(self._grids, self._levels, self._keeps, strict=True))
-        self._together = [[i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
+        stages_of = {shape: [i for i, other in enumerate(shapes) if other == shape] for shape in shapes}
         self.shared = nn.ModuleList(
-            SharedGrid(*shapes[together[0]], self.wavelet, self._refinement([widths[i] for i in together], together[0]))
-            for together in self._together
+            SharedGrid(stages, *shape, self.wavelet, self._refinement([widths[i] for i in stages], *shape[:2]))
+            for shape, stages in stages_of.items()
         )
         self.teacher_spectra = nn.ModuleList(
             LinearMap(partial(self._spectrum, index), pair.teacher.grid) for index, pair in enumerate(pairs)
@@ -186,14 +186,14 @@ class SFKD(StagewiseMethod):
                 "input_size."
             )
 
-    def _refinement(self, widths: list[int], index: int) -> DS2S | LiteDS2S | None:
+    def _refinement(self, widths: list[int], grid: tuple[int, int], levels: int) -> DS2S | LiteDS2S | None:
         # On a single pixel, refinement could only scale a channel, which the loss does not see.
-        if self.ds2s is None or self.refinement_stages == 0 or self._grids[index] == (1, 1):
+        if self.ds2s is None or self.refinement_stages == 0 or grid == (1, 1):
             return None
         return (LiteDS2S if self.ds2s == "lite" else DS2S)(
             widths,
-            self._grids[index],
-            self._levels[index],
+            grid,
+            levels,
             streams=self.streams,
             stages=self.refinement_stages,
             gate_whole_map=self.loss != "gffl" or self.normalize == "sample",
@@ -207,13 +207,8 @@ class SFKD(StagewiseMethod):
 
     def added_parameters(self, index: int) -> int:
         """Returns the parameters of the projection and the refinement of stage pair ``index``."""
-        together, shared = next(
-            (together, shared)
-            for together, shared in zip(self._together, self.shared, strict=True)
-            if index in together
-        )
-        refine = cast(SharedGrid, shared).refine
-        refinement = 0 if refine is None else refine.parameters_of(together.index(index))
+        shared = next(shared for shared in cast(list[SharedGrid], self.shared) if index in shared.stages)
+        refinement = 0 if shared.refine is None else shared.refine.parameters_of(shared.stages.index(index))
         return count_parameters(self.project[index]) + refinement
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
@@ -252,10 +247,10 @@ class SFKD(StagewiseMethod):
     def _through(self, what: Callable[..., Sequence[Tensor]], maps: list[Tensor]) -> list[Tensor]:
         """Brings maps to their common grids, and those of one grid through its transforms together."""
         found: dict[int, Tensor] = {}
-        for together, shared in zip(self._together, self.shared, strict=True):
-            on_grid = [to_grid(maps[index], self._grids[index]) for index in together]
-            results = what(shared, on_grid, [self.project[index].weight for index in together])
-            found.update(zip(together, results, strict=True))
+        for shared in cast(list[SharedGrid], self.shared):
+            on_grid = [to_grid(maps[index], self._grids[index]) for index in shared.stages]
+            results = what(shared, on_grid, [self.project[index].weight for index in shared.stages])
+            found.update(zip(shared.stages, results, strict=True))
         return [found[index] for index in range(len(maps))]
 
     def _representation(self, x: Tensor) -> Tensor:
@@ -271,7 +266,8 @@ class SharedGrid(nn.Module):
     with it, and is done where there are fewest pixels or channels.
 
     Args:
-        grid: Height and width of the maps.
+        stages: Indices of the stage pairs that have this grid.
+        grid: Height and width of their maps.
         levels: J of the wavelet transform.
         keep: Frequencies kept per axis.
         wavelet: By name.
@@ -279,9 +275,16 @@ class SharedGrid(nn.Module):
     """
 
     def __init__(
-        self, grid: tuple[int, int], levels: int, keep: int, wavelet: str, refine: DS2S | LiteDS2S | None
+        self,
+        stages: list[int],
+        grid: tuple[int, int],
+        levels: int,
+        keep: int,
+        wavelet: str,
+        refine: DS2S | LiteDS2S | None,
     ) -> None:
         super().__init__()
+        self.stages = stages
         self.levels, self.wavelet, self.refine = levels, wavelet, refine
         self.spectrum = LinearMap(partial(low_frequencies, keep=keep, half=True), grid)
         stacks = [] if refine is None else self._stacks(torch.zeros(1, 1, *grid))
