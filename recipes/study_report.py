@@ -105,7 +105,8 @@ def _results(rows: Sequence[Row], score: str) -> str:
             cells.append(f"{_mean_and_spread([row[score] for row in of_pair.values()])} {_signed(paired)}".strip())
             gains.append(paired)
         mean_gain = _signed([statistics.mean(paired) for paired in gains] if all(gains) else []) or "-"
-        added = " / ".join(f"{count:,}" for count in dict.fromkeys(row["added_parameters"] for row in of_method))
+        counts = {row["added_parameters"] for row in of_method}
+        added = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
         time = f"{statistics.median(times):.2f}" if times else "-"
         lines.append(f"| {name} | {' | '.join(cells)} | {mean_gain} | {added} | {time} |")
     return "\n".join(lines)
