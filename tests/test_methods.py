@@ -1,6 +1,7 @@
 """Losses against independent computations, and the properties that the methods promise."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from hetkd.methods.matching import (
     squared_errors,
     standardize_batch,
     standardize_sample,
+    weights_side_by_side,
 )
 from hetkd.methods.uhkd import spectrum_per_pixel
 from hetkd.spectral import dwt2, idwt2, low_frequencies
@@ -225,6 +227,27 @@ def test_refinement_starts_as_the_identity_and_then_changes_every_band(levels, k
         assert (ours - theirs).abs().mean() > 0.01
 
 
+@pytest.mark.parametrize("levels", [0, 1, 2])
+@pytest.mark.parametrize("kind", [DS2S, LiteDS2S])
+def test_maps_are_refined_together_as_one_by_one(kind, levels):
+    together, maps = kind([4, 2], (8, 8), levels), (torch.randn(3, 4, 8, 8), torch.randn(3, 2, 8, 8))
+    for parameter in together.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    found = idwt2(together(dwt2(torch.cat(maps, dim=1), "haar", levels))).split([4, 2], dim=1)
+    for index, (x, refined) in enumerate(zip(maps, found, strict=True)):
+        alone = kind([x.shape[1]], (8, 8), levels)
+        state = {}
+        for name, value in together.state_dict().items():
+            own = re.search(r"(balances|reduce|expand)\.(\d)", name)
+            if own is None:
+                state[name] = value.split([4, 2])[index]
+            elif own[2] == str(index):
+                state[name.replace(own[0], f"{own[1]}.0")] = value
+        alone.load_state_dict(state)
+        torch.testing.assert_close(idwt2(alone(dwt2(x, "haar", levels))), refined, atol=1e-5, rtol=1e-4)
+        assert together.parameters_of(index) == sum(p.numel() for p in alone.parameters())
+
+
 def test_low_and_high_frequencies_exchange_information():
     refine = DS2S([4], (8, 8), 2)
     for parameter in refine.parameters():
@@ -260,8 +283,8 @@ def test_spectral_gate_equals_a_gate_on_the_fft():
 
 def correlation_loss(student, target, weight, **options):
     """Compares one stage ``[B, D, *K]``, weighted by ``[*K]``."""
-    weight = weight.expand(student.shape[1], *weight.shape).flatten()
-    return correlation_losses([student], [target], weight, **options)[0]
+    weights = weights_side_by_side([weight], [student.shape[1]])
+    return correlation_losses([student], [target], weights, **options)[0]
 
 
 def test_correlation_loss_of_real_coefficients_equals_numpy():
@@ -304,7 +327,7 @@ def test_all_stages_at_once_are_compared_as_one_by_one(is_complex):
     end = (2,) if is_complex else ()
     students, targets = ([torch.randn(6, d, k, 3, *end) for d, k in ((4, 5), (7, 2), (3, 1))] for _ in range(2))
     weights = [torch.rand(k, 3) for k in (5, 2, 1)]
-    joint = torch.cat([w.expand(x.shape[1], *w.shape).flatten() for w, x in zip(weights, students, strict=True)])
+    joint = weights_side_by_side(weights, [4, 7, 3])
     options = {"is_complex": is_complex, "decorrelation": 0.1}
     for loss, *one in zip(
         correlation_losses(students, targets, joint, **options), students, targets, weights, strict=True

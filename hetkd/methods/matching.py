@@ -126,6 +126,12 @@ def squared_errors(
     return _weighted_means((student - target).square().mean((0, -1)), weight, sizes)
 
 
+def weights_side_by_side(windows: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
+    """Returns the ``weight`` of `correlation_losses`, from the weights ``[*K]`` of each stage and its channels D."""
+    parts = zip(windows, channels, strict=True)
+    return torch.cat([window.expand(count, *window.shape).flatten() for window, count in parts])
+
+
 def _side_by_side(parts: Sequence[Tensor], is_complex: bool) -> tuple[Tensor, list[int]]:
     """Returns the coefficients of all stages as ``[B, N, 1 or 2]``, and how many are of each.
 

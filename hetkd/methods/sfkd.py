@@ -25,6 +25,7 @@ from hetkd.methods.matching import (
     squared_errors,
     standardize_batch,
     standardize_sample,
+    weights_side_by_side,
 )
 from hetkd.names import choice
 from hetkd.spectral import amplitude, dwt2, half_plane_window, idwt2, low_frequencies
@@ -164,9 +165,8 @@ class SFKD(StagewiseMethod):
         self.teacher_spectra = nn.ModuleList(
             LinearMap(partial(self._spectrum, index), pair.teacher.grid) for index, pair in enumerate(pairs)
         )
-        parts = zip(self._grids, self._keeps, widths, strict=True)
-        weights = [half_plane_window(grid, keep, self.sigma).expand(width, -1, -1) for grid, keep, width in parts]
-        self.register_buffer("weight", torch.cat([weight.flatten() for weight in weights]), persistent=False)
+        windows = [half_plane_window(grid, k, self.sigma) for grid, k in zip(self._grids, self._keeps, strict=True)]
+        self.register_buffer("weight", weights_side_by_side(windows, widths), persistent=False)
 
     def _spectrum(self, index: int, x: Tensor) -> Tensor:
         return low_frequencies(to_grid(x, self._grids[index]), self._keeps[index], half=True)

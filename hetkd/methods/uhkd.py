@@ -14,11 +14,7 @@ from hetkd.grid import to_grid
 from hetkd.methods.base import register_method, whole_number
 from hetkd.methods.feature import StagewiseMethod, count_parameters, kept_frequencies
 from hetkd.methods.linear import LinearMap, mix_channels
-from hetkd.methods.matching import (
-    ChannelReduction,
-    squared_errors,
-    standardize_sample,
-)
+from hetkd.methods.matching import ChannelReduction, squared_errors, standardize_sample, weights_side_by_side
 from hetkd.names import choice
 from hetkd.spectral import amplitude, half_plane_window, low_frequencies
 
@@ -117,8 +113,7 @@ class UHKD(StagewiseMethod):
             FAM(pair.student, width, keep, self) for pair, width, keep in zip(pairs, widths, self._keeps, strict=True)
         )
         windows = [half_plane_window((keep, keep), keep, float("inf")) for keep in self._keeps]
-        weights = [window.expand(width, -1, -1) for window, width in zip(windows, widths, strict=True)]
-        self.register_buffer("weight", torch.cat([weight.flatten() for weight in weights]), persistent=False)
+        self.register_buffer("weight", weights_side_by_side(windows, widths), persistent=False)
 
     def describe(self, index: int) -> str:
         """Returns the kept frequencies of stage pair ``index``."""
