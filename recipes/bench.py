@@ -5,6 +5,7 @@
     python recipes/bench.py spectral                # transforms against torch.fft and ptwt; growth with sizes
     python recipes/bench.py tap                     # the tap against a plain forward
     python recipes/bench.py loop                    # `fit` on a small data set against the bare step
+    python recipes/bench.py memory                  # `fit` with the memory that steps free kept, and given back
     python recipes/bench.py cache                   # an epoch from the teacher cache against plain training
     python recipes/bench.py import                  # importing hetkd against importing torch
 
@@ -13,8 +14,8 @@ student, on images that are ready for both, in the same precision and memory for
 it: each method of hetkd, timm's distillation tasks, and torchdistill's KD (`pip install ".[bench]"`). `ratio` is the
 median over the rounds of a step's time over the mean of the floors before and after it; `memory_ratio` compares peaks
 of memory, with weights and optimizer; `operations` is how many of PyTorch's operations a step runs, views aside, which
-is what a GPU's launches go by; the phases say where the milliseconds go. On the CPU glibc's allocator is told
-to keep what is freed, for all contenders: otherwise each pays for page faults by luck (`--default-allocator` measures
+is what a GPU's launches go by; the phases say where the milliseconds go. On the CPU the allocator keeps what is
+freed, as in `fit`, for all contenders: otherwise each pays for page faults by luck (`--default-allocator` measures
 without).
 
 `tap`: plain and tapped forward passes of one model take turns; the figures are medians of their times,
@@ -22,6 +23,9 @@ the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
 
 `loop`: images a second of `fit`, which draws, augments and accounts for batches of a data set that stays on the
 device as uint8, against the same step (forward of both models, loss, backward, update) on one batch again and again.
+
+`memory`: images a second and peak memory of the process in `fit(keep_memory=True)`, the default on a CPU, against
+`keep_memory=False`; runs of each take turns in one process, and the figures are medians.
 
 `cache`: seconds of an epoch of `fit` with the teacher live and from the cache, against the student alone (`ce`), on the
 same images; the three take turns, and the figures are medians.
@@ -34,11 +38,12 @@ from typing import Any
 
 import torch
 from bench_parts import bench_growth, bench_import, bench_transforms
-from bench_runs import MODELS, bench_cache, bench_loop, bench_tap
+from bench_runs import MODELS, bench_cache, bench_loop, bench_memory, bench_tap
 from bench_steps import METHODS, PAIRS, PEERS, SMALL, SMALL_PAIRS, bench_pair
 from rich.console import Console
 from rich.table import Table
-from timing import keep_freed_memory
+
+from hetkd.training.memory import freed_memory_kept
 
 BATCH, REPEATS = 8, 20
 CUDA_BATCH = 64  # with less, a GPU waits for the launches of its kernels
@@ -50,9 +55,8 @@ def main() -> None:
     """Measures, prints tables, and writes the rows."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.what == "steps" and device.type == "cpu":
-        kept = not arguments.default_allocator and keep_freed_memory()
-        console.print("freed memory is kept" if kept else "the default allocator")
+    if arguments.what == "memory" and device.type != "cpu":
+        raise SystemExit("bench.py: memory is about the CPU's allocator; run it with CUDA_VISIBLE_DEVICES= .")
     rows = []
     for title, part in measure(arguments, device):
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -65,13 +69,18 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, device: torch.device) -> Any:
     """Yields titles and rows, as they are measured."""
     if arguments.what == "steps":
-        for pair in arguments.pairs:
-            yield pair, bench_pair(pair, arguments.methods, arguments.batch_size, arguments.repeats, device)
+        with freed_memory_kept(enabled=device.type == "cpu" and not arguments.default_allocator) as kept:
+            allocator = ", freed memory kept" if kept else ""
+            for pair in arguments.pairs:
+                rows = bench_pair(pair, arguments.methods, arguments.batch_size, arguments.repeats, device)
+                yield f"{pair}{allocator}", rows
     elif arguments.what == "spectral":
         yield "transforms", bench_transforms(arguments.batch_size, arguments.repeats, device)
         yield "growth", bench_growth(arguments.repeats, device)
     elif arguments.what == "tap":
         yield "tap", [bench_tap(name, device, arguments) for name in arguments.models]
+    elif arguments.what == "memory":
+        yield "memory", [bench_memory(pair, device, arguments) for pair in arguments.pairs]
     elif arguments.what == "cache":
         yield "cache", [bench_cache(method, device, arguments) for method in ("kd", "uhkd", "sfkd")]
     elif arguments.what == "loop":
@@ -103,7 +112,7 @@ def _text(value: Any) -> str:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["steps", "spectral", "tap", "loop", "cache", "import"]
+    kinds = ["steps", "spectral", "tap", "loop", "memory", "cache", "import"]
     parser.add_argument("what", nargs="?", choices=kinds, default="steps")
     parser.add_argument("--small", action="store_true", help="the set that ends within 5 minutes on two cores")
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), metavar="PAIR", help=f"of {', '.join(PAIRS)}")
@@ -116,12 +125,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.repeats is not None and arguments.repeats < 2:
         parser.error("--repeats must be at least 2, for a spread.")
-    small, steps = arguments.small, arguments.what == "steps"
+    small = arguments.small
     arguments.pairs = arguments.pairs or (SMALL_PAIRS if small else list(PAIRS))
     arguments.methods = arguments.methods or (SMALL if small else [*METHODS, *PEERS])
     batch_size = CUDA_BATCH if torch.cuda.is_available() else SMALL_BATCH if small else BATCH
     arguments.batch_size = arguments.batch_size or batch_size
-    arguments.repeats = arguments.repeats or (SMALL_REPEATS if small else STEPS_REPEATS if steps else REPEATS)
+    usual = {"steps": STEPS_REPEATS, "memory": SMALL_REPEATS}.get(arguments.what, REPEATS)
+    arguments.repeats = arguments.repeats or (SMALL_REPEATS if small else usual)
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""The tap, the training loop and the teacher cache, each against the same work without it."""
+"""The tap, the training loop, kept memory and the teacher cache, each against the same work without it."""
 
 import argparse
 import statistics
@@ -7,13 +7,14 @@ from typing import Any
 
 import kornia.augmentation as K
 import torch
+from bench_steps import CLASSES, PAIRS, PIXELS
+from results import PeakMemory
 from timing import compare, peak_memory, take_turns
 
 from hetkd import Distiller, load_model
 from hetkd.adapter import find_adapter, probe
 from hetkd.plan import choose_stages
 
-PIXELS = 224
 MODELS = [
     "timm:resnet18",
     "timm:vit_small_patch16_224",
@@ -77,6 +78,35 @@ def bench_loop(method: str, device: torch.device, arguments: argparse.Namespace)
         "step_images_per_second": bare_speed,
         "fit_images_per_second": loop_speed,
         "ratio": loop_speed / bare_speed,
+    }
+
+
+def bench_memory(pair: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compares runs of `fit` that keep the memory that steps free with runs that give it back."""
+    teacher, student = (load_model(model, pretrained=False).to(device) for model in PAIRS[pair])
+    distiller = Distiller(teacher, student, "sfkd")
+    images = torch.randint(256, (8 * arguments.batch_size, 3, PIXELS, PIXELS), dtype=torch.uint8, device=device)
+    labels = torch.randint(CLASSES, (len(images),), device=device)
+
+    def run(keep: bool) -> tuple[float, float]:
+        options = {"epochs": 1, "batch_size": arguments.batch_size, "keep_memory": keep, "progress": False}
+        with PeakMemory() as memory:
+            result = distiller.fit((images, labels), **options)
+        return result.history[0]["images_per_second"], memory.peak_mb
+
+    run(False)  # warms up
+    kept, given_back = zip(*((run(True), run(False)) for _ in range(arguments.repeats)), strict=True)
+    (speed, peak), (usual_speed, usual_peak) = (
+        [statistics.median(values) for values in zip(*runs, strict=True)] for runs in (kept, given_back)
+    )
+    return {
+        "pair": pair,
+        "kept_images_per_second": speed,
+        "given_back_images_per_second": usual_speed,
+        "speed_ratio": speed / usual_speed,
+        "kept_mb": peak,
+        "given_back_mb": usual_peak,
+        "memory_ratio": peak / usual_peak,
     }
 
 

@@ -1,6 +1,5 @@
 """How benchmarks measure: functions that take turns, medians and quartiles, peaks of memory."""
 
-import ctypes
 import random
 import statistics
 import time
@@ -14,23 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 WARM_UP = 2
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> bool:
-    """Makes glibc's allocator keep what is freed, so that no step pays for fetching its memory from the system again.
-
-    How often that happens depends on where blocks happen to lie: of two contenders that do the same, one may pay for
-    thousands of pages more (docs/performance.md).
-
-    Returns:
-        Whether this could be done: False without glibc.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def take_turns(

@@ -86,6 +86,18 @@ def test_bench_of_runs(tmp_path):
     assert row["cached_ratio"] > 0
 
 
+def test_bench_of_memory(monkeypatch):
+    import bench
+    import bench_runs
+
+    monkeypatch.setattr(bench_runs, "PAIRS", {"tiny": ("test_vit", "test_resnet")})
+    monkeypatch.setattr(bench_runs, "PIXELS", 160)
+    short = bench.parse_arguments(["memory", "--repeats", "2", "--batch-size", "2"])
+    row = bench_runs.bench_memory("tiny", torch.device("cpu"), short)
+    assert row["speed_ratio"] == row["kept_images_per_second"] / row["given_back_images_per_second"] > 0
+    assert row["memory_ratio"] == row["kept_mb"] / row["given_back_mb"] > 0.5
+
+
 def test_bench_of_steps(tmp_path, monkeypatch, capsys):
     import bench
     import bench_steps
@@ -95,7 +107,6 @@ def test_bench_of_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_steps, "PIXELS", 160)
     methods = ["kd", "sfkd", "sfkd lite", "timm.task logits", "timm.task features", "torchdistill kd"]
     words = ["--pairs", "tiny", "--methods", *methods, "--repeats", "2", "--batch-size", "2"]
-    words.append("--default-allocator")  # the other would stay so in this process
     monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--json", str(tmp_path / "rows.json")])
     bench.main()
     rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
@@ -142,31 +153,6 @@ def test_transforms_that_are_compared_are_equal(index):
     name, ours, _, plain = list(bench_parts.transforms(torch.device("cpu")))[index]
     x = torch.randn(2, bench_parts.CHANNELS, 16, 16)
     torch.testing.assert_close(ours(x), plain(x), atol=1e-4, rtol=1e-4, msg=name)
-
-
-def test_kept_memory_is_not_fetched_again(tmp_path):
-    script = tmp_path / "faults.py"
-    script.write_text(
-        "import resource, torch\n"
-        "from timing import keep_freed_memory\n"
-        "model = torch.nn.Sequential(*[torch.nn.Linear(1000, 1000) for _ in range(6)])\n"
-        "images = torch.ones(4000, 1000)\n"
-        "def faults_of_five_steps():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    for _ in range(5):\n"
-        "        model(images).sum().backward()\n"
-        "        model.zero_grad()\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "default = faults_of_five_steps()\n"
-        "kept = keep_freed_memory()\n"
-        "faults_of_five_steps()\n"
-        "print(kept, default, faults_of_five_steps())\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(RECIPES)}
-    kept, default, after = subprocess.check_output([sys.executable, script], env=environment, text=True).split()
-    if kept == "False":
-        pytest.skip("glibc only")
-    assert int(after) < int(default) / 4
 
 
 def test_peak_memory_counts_what_is_alive():

@@ -601,3 +601,41 @@ def test_trackers_get_settings_and_every_epoch(tmp_path):
         make("kd").fit(bright_or_dark(16), epochs=1, trackers=["tensorbord"], **QUIET)
     with pytest.raises(TypeError, match="must be a list"):
         make("kd").fit(bright_or_dark(16), epochs=1, trackers="wandb", **QUIET)
+
+
+PAGE_FAULTS = """
+import ctypes, resource, sys
+import timm, torch
+from hetkd import Distiller
+
+torch.set_num_threads(1)
+data = torch.rand(96, 3, 128, 128), torch.arange(96) % 10
+distiller = Distiller(None, timm.create_model("test_resnet", num_classes=10), "ce", input_size=128)
+
+def faults(keep):  # of the last epochs but one, when all that a step needs was fetched once
+    counts = []
+    class Counting(torch.utils.data.Dataset):
+        def __len__(self): return 3 * 32
+        def __getitem__(self, index):
+            if index % 96 == 0:
+                counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+            return data[0][index], data[1][index]
+    loader = torch.utils.data.DataLoader(Counting(), batch_size=32)
+    distiller.fit(loader, epochs=5, progress=False, cpu=True, keep_memory=keep)
+    return counts[-1] - counts[-3]
+
+print(hasattr(ctypes.CDLL(None), "mallopt"), faults(False), faults(True), faults(False))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+@pytest.mark.parametrize("environment", [{}, {"MALLOC_ARENA_MAX": "2"}])
+def test_freed_memory_is_kept_while_a_run_lasts(environment):
+    words = [sys.executable, "-c", PAGE_FAULTS]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    out = subprocess.check_output(words, env=variables | environment, text=True, timeout=120).split()
+    glibc, (before, kept, after) = out[0], map(int, out[1:])
+    if glibc == "False":
+        pytest.skip("glibc only")
+    assert after > before / 4, "after a run memory is given back as before"
+    assert (kept < before / 4) == (not environment), "what the environment says of memory counts"

@@ -21,6 +21,7 @@ from hetkd.inputs import check_labels
 from hetkd.training.checkpoint import BEST, LAST, Checkpoint, RunFolder
 from hetkd.training.data import TensorImages, TransformedImages, has_labels, images_and_labels, length, make_loader
 from hetkd.training.evaluate import eval_loader, measure
+from hetkd.training.memory import freed_memory_kept
 from hetkd.training.options import TrainingOptions
 from hetkd.training.packing import pack_optimizer, unpack_optimizer, with_prefix, without_prefix
 from hetkd.training.parallel import (
@@ -63,6 +64,7 @@ FREE_SETTINGS = {
     "returns",
     "teacher_placement",
     "compile",
+    "keep_memory",
     "trackers",
     "unreadable",
 }
@@ -114,7 +116,9 @@ def fit(
     folder = None if output_dir is None else RunFolder(output_dir, resume=resume, keep_last=checked.keep_last)
     accelerator = make_accelerator(checked, None if folder is None else folder.path)
     # A student that FSDP is to shard may not fit on one device.
-    with only_used_parameters(distiller, torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device):
+    device = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
+    keep_memory = checked.keep_memory and accelerator.device.type == "cpu"
+    with only_used_parameters(distiller, device), freed_memory_kept(enabled=keep_memory):
         return _Run(distiller, train, val, epochs, folder, checked, accelerator).run(resume)
 
 
