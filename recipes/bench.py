@@ -24,8 +24,8 @@ the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
 `loop`: images a second of `fit`, which draws, augments and accounts for batches of a data set that stays on the
 device as uint8, against the same step (forward of both models, loss, backward, update) on one batch again and again.
 
-`memory`: images a second and peak memory of the process in `fit(keep_memory=True)`, the default on a CPU, against
-`keep_memory=False`; runs of each take turns in one process, and the figures are medians.
+`memory`: seconds of an epoch of `fit(keep_memory=True)`, the default on a CPU, and the peak memory of the process,
+against `keep_memory=False`; runs of both take turns in one process, and the figures are medians.
 
 `cache`: seconds of an epoch of `fit` with the teacher live and from the cache, against the student alone (`ce`), on the
 same images; the three take turns, and the figures are medians.
@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.what == "memory" and device.type != "cpu":
-        raise SystemExit("bench.py: memory is about the CPU's allocator; run it with CUDA_VISIBLE_DEVICES= .")
+        raise SystemExit("bench.py: memory is about the CPU's allocator; run it with CUDA_VISIBLE_DEVICES=''.")
     rows = []
     for title, part in measure(arguments, device):
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""

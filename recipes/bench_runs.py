@@ -14,7 +14,9 @@ from timing import compare, peak_memory, take_turns
 from hetkd import Distiller, load_model
 from hetkd.adapter import find_adapter, probe
 from hetkd.plan import choose_stages
+from hetkd.training.memory import freed_memory_kept
 
+STEPS = 16  # an epoch of `bench_memory`
 MODELS = [
     "timm:resnet18",
     "timm:vit_small_patch16_224",
@@ -70,7 +72,9 @@ def bench_loop(method: str, device: torch.device, arguments: argparse.Namespace)
     distiller.train()
     bare = take_turns({"step": step}, arguments.repeats, device)["step"]
     flip = K.RandomHorizontalFlip(p=0.5)
-    result = distiller.fit((images, labels), epochs=2, batch_size=batch, augment=flip, progress=False)
+    result = distiller.fit(
+        (images, labels), epochs=2, batch_size=batch, augment=flip, keep_memory=False, progress=False
+    )
     again = take_turns({"step": step}, arguments.repeats, device)["step"]
     bare_speed, loop_speed = batch / statistics.median(bare + again), result.history[-1]["images_per_second"]
     return {
@@ -83,30 +87,35 @@ def bench_loop(method: str, device: torch.device, arguments: argparse.Namespace)
 
 def bench_memory(pair: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
     """Compares runs of `fit` that keep the memory that steps free with runs that give it back."""
+    with freed_memory_kept() as possible:
+        if not possible:
+            raise SystemExit("bench.py: memory cannot be kept here: no glibc, or MALLOC_... or GLIBC_TUNABLES is set.")
     teacher, student = (load_model(model, pretrained=False).to(device) for model in PAIRS[pair])
     distiller = Distiller(teacher, student, "sfkd")
-    images = torch.randint(256, (8 * arguments.batch_size, 3, PIXELS, PIXELS), dtype=torch.uint8, device=device)
-    labels = torch.randint(CLASSES, (len(images),), device=device)
+    images = torch.randint(256, (STEPS * arguments.batch_size, 3, PIXELS, PIXELS), dtype=torch.uint8)
+    labels = torch.randint(CLASSES, (len(images),))
+    peaks: dict[bool, list[float]] = {True: [], False: []}
 
-    def run(keep: bool) -> tuple[float, float]:
-        options = {"epochs": 1, "batch_size": arguments.batch_size, "keep_memory": keep, "progress": False}
+    def run(keep: bool) -> None:
         with PeakMemory() as memory:
-            result = distiller.fit((images, labels), **options)
-        return result.history[0]["images_per_second"], memory.peak_mb
+            distiller.fit(
+                (images, labels), epochs=1, batch_size=arguments.batch_size, keep_memory=keep, cpu=True, progress=False
+            )
+        peaks[keep].append(memory.peak_mb)
 
-    run(False)  # warms up
-    kept, given_back = zip(*((run(True), run(False)) for _ in range(arguments.repeats)), strict=True)
-    (speed, peak), (usual_speed, usual_peak) = (
-        [statistics.median(values) for values in zip(*runs, strict=True)] for runs in (kept, given_back)
-    )
+    functions = {"kept": lambda: run(True), "given back": lambda: run(False)}
+    times = take_turns(functions, arguments.repeats, device)
+    ratio, quartiles = compare(times["kept"], times["given back"])
+    kept_mb, given_back_mb = (statistics.median(peaks[keep]) for keep in (True, False))
     return {
         "pair": pair,
-        "kept_images_per_second": speed,
-        "given_back_images_per_second": usual_speed,
-        "speed_ratio": speed / usual_speed,
-        "kept_mb": peak,
-        "given_back_mb": usual_peak,
-        "memory_ratio": peak / usual_peak,
+        "kept_s": statistics.median(times["kept"]),
+        "given_back_s": statistics.median(times["given back"]),
+        "ratio": ratio,
+        "ratio_quartiles": quartiles,
+        "kept_mb": kept_mb,
+        "given_back_mb": given_back_mb,
+        "memory_ratio": kept_mb / given_back_mb,
     }
 
 

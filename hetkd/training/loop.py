@@ -21,7 +21,7 @@ from hetkd.inputs import check_labels
 from hetkd.training.checkpoint import BEST, LAST, Checkpoint, RunFolder
 from hetkd.training.data import TensorImages, TransformedImages, has_labels, images_and_labels, length, make_loader
 from hetkd.training.evaluate import eval_loader, measure
-from hetkd.training.memory import freed_memory_kept
+from hetkd.training.memory import freed_memory_kept, give_back_freed_memory
 from hetkd.training.options import TrainingOptions
 from hetkd.training.packing import pack_optimizer, unpack_optimizer, with_prefix, without_prefix
 from hetkd.training.parallel import (
@@ -376,6 +376,7 @@ class _Run:
             share_buffers(self.distiller)
         student = self.distiller.student if self.ema is None else self.ema.module
         if self.val is not None:
+            give_back_freed_memory()
             record |= measure(self.distiller, student, self.val, self.device, self.accelerator)
         self.result.history.append(record)
         self.accelerator.log(record, step=epoch + 1)
@@ -401,6 +402,7 @@ class _Run:
 
         seed = self.options.seed + epoch * self.accelerator.num_processes + self.returned * 1_000_003
         set_seed(seed, device_specific=True)
+        give_back_freed_memory()
         self.model.train()
         part, self.interrupted = self.interrupted or _Interrupted(), None
         terms = Terms(self.folder, part.names, part.sums, part.count)

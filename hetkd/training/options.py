@@ -58,8 +58,9 @@ class TrainingOptions:
         teacher_placement: ``"device"``; ``"sharded"`` over all processes, or ``"offloaded"`` to main memory, for
             teachers that do not fit: their blocks come to the device one after another as they run. They stay so.
         compile: Call `hetkd.Distiller.compile` before the first step.
-        keep_memory: On a CPU: memory that a step frees stays with the process until the run ends, which makes steps
-            faster and takes more of it. Linux with glibc only; no effect elsewhere.
+        keep_memory: On a CPU: memory that a step frees stays with the process until the epoch ends, which makes
+            steps faster and takes more of it. No effect without glibc, nor where the environment sets when memory is
+            given back (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_MAX_``, ... or ``GLIBC_TUNABLES``).
     """
 
     batch_size: int = 64
