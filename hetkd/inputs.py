@@ -165,7 +165,7 @@ class InputTransform(nn.Module):
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if x.shape[-2:] != self.size:
             x = F.interpolate(x, size=self.size, mode=self.spec.interpolation, align_corners=False, antialias=True)
-        return x * self.scale + self.shift
+        return torch.addcmul(self.shift, x, self.scale)
 
 
 def _per_channel(values: Sequence[float], channels: int) -> list[float]:

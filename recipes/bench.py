@@ -12,11 +12,11 @@
 `steps`, the default: the floor of a step is the forward of the teacher, and forward, backward and update of the
 student, on images that are ready for both, in the same precision and memory format. Every contender takes turns with
 it: each method of hetkd, timm's distillation tasks, and torchdistill's KD (`pip install ".[bench]"`). `ratio` is the
-median over the rounds of a step's time over the mean of the floors before and after it; `memory_ratio` compares peaks
-of memory, with weights and optimizer; `operations` is how many of PyTorch's operations a step runs, views aside, which
-is what a GPU's launches go by; the phases say where the milliseconds go. On the CPU the allocator keeps what is
-freed, as in `fit`, for all contenders: otherwise each pays for page faults by luck (`--default-allocator` measures
-without).
+median over the rounds of a step's time over the mean of the floors before and after it, `ratio_interval` where that
+median lies with 95 % confidence, `ratio_quartiles` those of the single rounds; `memory_ratio` compares peaks of
+memory, with weights and optimizer; `operations` is how many of PyTorch's operations a step runs, views aside, which is
+what a GPU's launches go by; the phases say where the milliseconds go. On the CPU the allocator keeps what is freed, as
+in `fit`, for all contenders: otherwise each pays for page faults by luck (`--default-allocator` measures without).
 
 `tap`: plain and tapped forward passes of one model take turns; the figures are medians of their times,
 the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
@@ -47,7 +47,8 @@ from hetkd.training.memory import freed_memory_kept
 
 BATCH, REPEATS = 8, 20
 CUDA_BATCH = 64  # with less, a GPU waits for the launches of its kernels
-SMALL_BATCH, SMALL_REPEATS, STEPS_REPEATS = 4, 6, 10
+SMALL_REPEATS, STEPS_REPEATS = 6, 10
+SMALL_STEPS_REPEATS, SMALL_SECONDS = 40, 80  # as many rounds as time allows
 console = Console(highlight=False, width=160)
 
 
@@ -71,8 +72,9 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Any:
     if arguments.what == "steps":
         with freed_memory_kept(enabled=device.type == "cpu" and not arguments.default_allocator) as kept:
             allocator = ", freed memory kept" if kept else ""
+            seconds = SMALL_SECONDS if arguments.small else float("inf")
             for pair in arguments.pairs:
-                rows = bench_pair(pair, arguments.methods, arguments.batch_size, arguments.repeats, device)
+                rows = bench_pair(pair, arguments.methods, arguments.batch_size, arguments.repeats, device, seconds)
                 yield f"{pair}{allocator}", rows
     elif arguments.what == "spectral":
         yield "transforms", bench_transforms(arguments.batch_size, arguments.repeats, device)
@@ -114,7 +116,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ["steps", "spectral", "tap", "loop", "memory", "cache", "import"]
     parser.add_argument("what", nargs="?", choices=kinds, default="steps")
-    parser.add_argument("--small", action="store_true", help="the set that ends within 5 minutes on two cores")
+    parser.add_argument(
+        "--small", action="store_true", help=f"ends within 5 minutes on two cores: steps take {SMALL_SECONDS} s a pair"
+    )
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), metavar="PAIR", help=f"of {', '.join(PAIRS)}")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *PEERS], metavar="NAME")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="for tap: models that take 224 px")
@@ -128,10 +132,10 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     small = arguments.small
     arguments.pairs = arguments.pairs or (SMALL_PAIRS if small else list(PAIRS))
     arguments.methods = arguments.methods or (SMALL if small else [*METHODS, *PEERS])
-    batch_size = CUDA_BATCH if torch.cuda.is_available() else SMALL_BATCH if small else BATCH
-    arguments.batch_size = arguments.batch_size or batch_size
+    arguments.batch_size = arguments.batch_size or (CUDA_BATCH if torch.cuda.is_available() else BATCH)
     usual = {"steps": STEPS_REPEATS, "memory": SMALL_REPEATS}.get(arguments.what, REPEATS)
-    arguments.repeats = arguments.repeats or (SMALL_REPEATS if small else usual)
+    few = SMALL_STEPS_REPEATS if arguments.what == "steps" else SMALL_REPEATS
+    arguments.repeats = arguments.repeats or (few if small else usual)
     return arguments
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import now, operations_of, peak_memory, seconds_of
+from timing import median_interval, now, operations_of, peak_memory, seconds_of
 from torch import Tensor, nn
 
 from hetkd import SFKD, Distiller, Method, list_methods, load_model
@@ -30,7 +30,8 @@ FLOOR = "floor"
 LITE = "sfkd lite"
 PEERS = ("timm.task logits", "timm.task features", "torchdistill kd")
 METHODS = [*sorted(set(list_methods()) - {"ce"}), LITE]
-SMALL = ["kd", "uhkd", "sfkd", LITE, *PEERS]
+SMALL = ["kd", "uhkd", "sfkd", LITE, "timm.task logits", "torchdistill kd"]
+LEAST_ROUNDS = 5
 SMALL_PAIRS = ["vit_small->resnet18", "swin_tiny->mobilenetv2"]
 
 
@@ -59,9 +60,22 @@ class Contender:
 
 
 def bench_pair(
-    name: str, methods: Iterable[str], batch_size: int, repeats: int, device: torch.device
+    name: str,
+    methods: Iterable[str],
+    batch_size: int,
+    repeats: int,
+    device: torch.device,
+    seconds: float = float("inf"),
 ) -> list[dict[str, Any]]:
     """Measures all methods on one pair of models, in turns with the floor.
+
+    Args:
+        name: Of `PAIRS`.
+        methods: Of `METHODS` and `PEERS`.
+        batch_size: Images of a step.
+        repeats: Rounds, after one that warms up.
+        device: Where it computes.
+        seconds: After which no new round begins, but for the first five.
 
     Returns:
         One row a method.
@@ -72,22 +86,25 @@ def bench_pair(
         if method == "torchdistill kd" and not has_torchdistill():
             continue
         contenders[method] = contender(method, pair)
-    times = measure_in_turns({method: each.step for method, each in contenders.items()}, repeats, device)
+    times = measure_in_turns({method: each.step for method, each in contenders.items()}, repeats, device, seconds)
     memory = {method: peak_of(each, pair, device) for method, each in contenders.items()}
     rows = []
     for method, each in contenders.items():
-        seconds, ratios = times[method]
+        taken, ratios = times[method]
         low, ratio, high = statistics.quantiles(ratios, n=4)
+        surely = median_interval(ratios)
         rows.append(
             {
                 "pair": name,
                 "method": method,
                 "ratio": ratio,
+                "ratio_interval": f"{surely[0]:.3f} to {surely[1]:.3f}",
                 "ratio_quartiles": f"{low:.3f} to {high:.3f}",
+                "rounds": len(ratios),
                 "memory_ratio": memory[method] / memory[FLOOR],
                 "added_parameters": each.added_parameters,
                 "operations": operations_of(each.step),
-                "images_per_second": batch_size / statistics.median(seconds),
+                "images_per_second": batch_size / statistics.median(taken),
                 "phases": phases(each, pair, device) if isinstance(each.modules[0], Distiller) else {},
             }
         )
@@ -95,23 +112,26 @@ def bench_pair(
 
 
 def measure_in_turns(
-    steps: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+    steps: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, seconds: float = float("inf")
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Times steps, each between two of the floor, in another order in every round.
+    """Times steps, two at a time between two of the floor, in another order in every round.
 
     Returns:
         Seconds of each step, and their ratios to the mean of the floors before and after, without the first round.
     """
-    generator = random.Random(0)
+    generator, began = random.Random(0), now(device)
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
     for round_ in range(repeats + 1):
+        if round_ > LEAST_ROUNDS and now(device) - began > seconds:
+            break
         before = seconds_of(steps[FLOOR], device)
-        for name in generator.sample(list(steps), len(steps)):
-            seconds = seconds_of(steps[name], device)
+        order = generator.sample(list(steps), len(steps))
+        for names in (order[start : start + 2] for start in range(0, len(order), 2)):
+            taken = {name: seconds_of(steps[name], device) for name in names}
             after = seconds_of(steps[FLOOR], device)
-            if round_:
-                found[name][0].append(seconds)
-                found[name][1].append(2 * seconds / (before + after))
+            for name in names if round_ else ():
+                found[name][0].append(taken[name])
+                found[name][1].append(2 * taken[name] / (before + after))
             before = after
     return found
 

@@ -1,10 +1,11 @@
-"""How benchmarks measure: functions that take turns, medians and quartiles, peaks of memory."""
+"""How benchmarks measure: functions that take turns, medians and their spread, peaks of memory."""
 
+import math
 import random
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,20 @@ def compare(times: list[float], reference: list[float]) -> tuple[float, str]:
     ratios = [t / r for t, r in zip(times, reference, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return statistics.median(times) / statistics.median(reference), f"{low:.3f} to {high:.3f}"
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns where the median lies with 95 % confidence, whatever the distribution: two of the values (binomial).
+
+    Fewer than six values cannot tell: then their extremes.
+    """
+    ordered, n = sorted(values), len(values)
+    outside, rank = 1, 0  # how many of 2^n ways have at most `rank` values below the median
+    while outside / 2**n <= 0.025:
+        rank += 1
+        outside += math.comb(n, rank)
+    first = max(rank - 1, 0)
+    return ordered[first], ordered[n - 1 - first]
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:

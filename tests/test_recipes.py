@@ -5,9 +5,11 @@ import importlib.util
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -125,6 +127,9 @@ def test_bench_of_steps(tmp_path, monkeypatch, capsys):
     for row in rows.values():
         assert row["pair"] == "tiny"
         assert row["ratio"] > 0
+        low, high = map(float, row["ratio_interval"].split(" to "))
+        assert low - 5e-4 <= row["ratio"] <= high + 5e-4
+        assert row["rounds"] == 2
         assert row["memory_ratio"] > 0.9
         assert row["images_per_second"] > 0
     added = {method: row["added_parameters"] for method, row in rows.items()}
@@ -134,6 +139,25 @@ def test_bench_of_steps(tmp_path, monkeypatch, capsys):
     phases = {"input transforms", "teacher", "encode", "student", "losses", "backward", "update"}
     assert rows["sfkd"]["phases"].keys() == phases
     assert "timm.task features" in capsys.readouterr().out
+
+
+def test_bench_ends_when_its_time_is_up():
+    from bench_steps import LEAST_ROUNDS, measure_in_turns
+
+    steps = {"floor": lambda: time.sleep(0.002), "slower": lambda: time.sleep(0.01)}
+    seconds, ratios = measure_in_turns(steps, 1000, torch.device("cpu"), seconds=0.2)["slower"]
+    assert LEAST_ROUNDS <= len(seconds) < 50
+    assert min(ratios) > 1
+    assert len(measure_in_turns(steps, 7, torch.device("cpu"), seconds=0.0)["floor"][0]) == LEAST_ROUNDS
+
+
+@pytest.mark.parametrize(("n", "rank"), [(1, 1), (5, 1), (6, 1), (8, 1), (9, 2), (20, 6), (30, 10), (40, 14)])
+def test_interval_of_a_median(n, rank):
+    """The ranks are those of the tables of the sign test at 95 %."""
+    from timing import median_interval
+
+    values = [float(value) for value in random.Random(0).sample(range(1, n + 1), n)]
+    assert median_interval(values) == (rank, n + 1 - rank)
 
 
 def test_operations_are_counted_views_aside():
