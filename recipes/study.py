@@ -3,6 +3,7 @@
     python recipes/study.py record                                        # the teachers' features, once
     python recipes/study.py try --methods kd sfkd:feature_weight=40       # trials on the validation images
     python recipes/study.py final --seeds 3                               # the final table, on the test images
+    python recipes/study.py final --pairs mixer:resnet_slim --epochs 60   # whether more epochs change it
     python recipes/study.py ablations                                     # one part less each, beside the final runs
     python recipes/study.py ablations --pairs lite0:resnet_slim --methods ce kd sfkd  # a CNN teaches the CNN
     python recipes/study.py scarce --seeds 3                              # with labels for a tenth of the images
@@ -257,7 +258,8 @@ def train(job: Job, recorded: Path, students: Path) -> Row:
         seconds += time.perf_counter() - start
         if (epoch + 1) * EVALUATIONS // job.epochs > epoch * EVALUATIONS // job.epochs:
             curve.append((epoch + 1, accuracy(distiller, split.validation)))
-    if job.kind == "final" and job.seed == 0 and not job.options:
+    usual = job.kind == "final" and job.seed == 0 and not job.options and job.epochs == PROTOCOL["epochs"]
+    if usual:  # then the report draws its features
         students.mkdir(parents=True, exist_ok=True)
         distiller.save_student(student_path(students, job.pair, job.method))
     return {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from results import BLUE, GRAY, Row, read_rows
-from study import CLASSES, HOMOGENEOUS, PAIRS, PIXELS, Split, load_split, load_teacher, student_path
+from study import CLASSES, HOMOGENEOUS, PAIRS, PIXELS, PROTOCOL, Split, load_split, load_teacher, student_path
 from torch import Tensor, nn
 from zoo import build
 
@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     rows = read_rows(arguments.runs)
     (arguments.output / "tables.md").write_text(tables(rows), encoding="utf-8")
-    final = [row for row in rows if row["kind"] == "final"]
+    final = [row for row in rows if row["kind"] == "final" and row["epochs"] == PROTOCOL["epochs"]]
     if final:
         draw_curves(final, arguments.output / "curves.png")
         draw_cost(final, arguments.output / "cost.png")
@@ -68,14 +68,16 @@ def pairs_of(rows: Sequence[Row]) -> list[str]:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Returns all tables as Markdown."""
+    """Returns all tables as Markdown; runs of more or fewer epochs than the protocol's have tables of their own."""
     parts = []
     for kind, (title, score) in KINDS.items():
-        of_kind = [row for row in rows if row["kind"] == kind]
-        if kind == "ablation":
-            of_kind = [*_whole_methods(rows, of_kind), *of_kind]
-        if of_kind:
-            parts.append(f"## {title}\n\n{_results(of_kind, score)}")
+        for epochs in sorted({row["epochs"] for row in rows if row["kind"] == kind}):
+            alike = [row for row in rows if row["epochs"] == epochs]
+            of_kind = [row for row in alike if row["kind"] == kind]
+            if kind == "ablation":
+                of_kind = [*_whole_methods(alike, of_kind), *of_kind]
+            length = "" if epochs == PROTOCOL["epochs"] else f" ({epochs} epochs)"
+            parts.append(f"## {title}{length}\n\n{_results(of_kind, score)}")
     return "\n\n".join(parts) + "\n"
 
 

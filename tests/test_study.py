@@ -23,7 +23,8 @@ TEACHERS = {"dinov2_s": ("test_vit", 64), "lite0": ("test_efficientnet", 32), "s
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Small data and teachers, recorded; returns the folder."""
-    for name, value in {"images_a_class": 2, "validation_images_a_class": 1, "views": 2, "batch_size": 32}.items():
+    sizes = {"images_a_class": 2, "validation_images_a_class": 1, "views": 2, "batch_size": 32}
+    for name, value in {**sizes, "epochs": 2, "warmup_epochs": 1}.items():
         monkeypatch.setitem(study.PROTOCOL, name, value)
     for name, (model, pixels) in TEACHERS.items():
         monkeypatch.setitem(study.TEACHERS, name, model)
@@ -58,6 +59,11 @@ def test_runs_tables_and_pictures(small):
     assert rows[-1]["options"] == {"levels": 0, "stage_weights": [1, 2, 3, 4]}
     again = study.train(study.Job(PAIR, "sfkd", kind="final", epochs=2), small / "recorded", small / "students")
     assert again["curve"] == next(row["curve"] for row in rows if row["key"] == again["key"])
+    path = study.student_path(small / "students", PAIR, "kd")
+    before = path.read_bytes()
+    longer = [study.Job(PAIR, method, kind="final", epochs=4) for method in ("ce", "kd")]
+    rows += [study.train(job, small / "recorded", small / "students") for job in longer]
+    assert path.read_bytes() == before, "the report's pictures are of students of the protocol"
     runs = small / "runs.jsonl"
     runs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folders = {"runs": runs, "output": small, "teachers": small / "teachers", "students": small / "students"}
@@ -66,6 +72,8 @@ def test_runs_tables_and_pictures(small):
     gain = rows[1]["test"] - rows[0]["test"]
     assert f"| kd | {rows[1]['test']:.2f} (1) {gain:+.2f} |" in text
     assert "sfkd (levels=0, stage_weights=[1, 2, 3, 4])" in text
+    gain = rows[-1]["test"] - rows[-2]["test"]
+    assert f"| kd | {rows[-1]['test']:.2f} (1) {gain:+.2f} |" in text.partition("test images (4 epochs)")[2]
     for name in ("curves", "cost", "cka", "bands"):
         assert (small / f"{name}.png").stat().st_size > 5_000
 
