@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, StagePair, both_classifiers
+from hetkd.adapter import Features, StagePair, both_classifiers, eval_mode
 from hetkd.compiling import blocks, compile_parts, warn_if_inert
 from hetkd.distributed import world_size
 from hetkd.inputs import Normalization, check_images, check_labels
@@ -290,7 +290,7 @@ class Distiller(nn.Module):
         self._compiled_anew = True
 
     def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Returns the logits ``[B, classes]`` of the student for raw images.
+        """Returns the logits ``[B, classes]`` of the student, in eval mode, for raw images.
 
         Args:
             images: As for `forward`.
@@ -300,7 +300,8 @@ class Distiller(nn.Module):
             ValueError: If the student has no classifier.
         """
         student = self._student.model if model is None else tapped_module(model)
-        logits = self._student.adapter.run(student, self._student.prepare(images), ()).logits
+        with eval_mode(student):
+            logits = self._student.adapter.run(student, self._student.prepare(images), ()).logits
         if logits is None:
             raise ValueError("the student has no classifier: give it one with num_classes=...")
         return logits

@@ -249,6 +249,14 @@ def test_half_precision_distiller_steps_and_predicts():
     assert d.eval().predict(batch()[0]).dtype == torch.bfloat16
 
 
+def test_predict_is_of_a_student_in_eval_mode_and_leaves_it_as_it_was():
+    d, images = distiller().train(), batch()[0]
+    before = {name: x.clone() for name, x in d.student.state_dict().items()}
+    torch.testing.assert_close(d.predict(images)[:1], d.predict(images[:1]))  # no statistics of the batch
+    assert d.student.training
+    assert all(torch.equal(x, before[name]) for name, x in d.student.state_dict().items())
+
+
 def test_one_channel():
     d = Distiller(tiny_vit(in_chans=1), tiny_cnn(in_chans=1), "sfkd", input_size=64)
     assert d(*batch(channels=1)).loss.isfinite()

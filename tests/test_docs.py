@@ -1,6 +1,7 @@
 """The snippets of README and docs run as printed, with small stand-ins for models and data from the network."""
 
 import ast
+import dataclasses
 import inspect
 import re
 
@@ -13,6 +14,7 @@ from test_adapters import HUGGING_FACE, hugging_face
 from hetkd import list_methods
 from hetkd.adapter import adapters
 from hetkd.methods.base import methods
+from hetkd.training import TrainingOptions
 
 
 def snippets(path: str) -> list[str]:
@@ -63,7 +65,10 @@ def test_adapters_readme(index, small_world, capsys):
 
 @pytest.mark.parametrize("index", list(range(len(snippets("docs/methods/README.md")))))
 def test_methods_page(index, small_world):
-    run(snippets("docs/methods/README.md")[index])
+    try:
+        run(snippets("docs/methods/README.md")[index])
+    finally:
+        methods._items.pop("cosine", None)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the other trainers
@@ -79,6 +84,27 @@ def test_other_trainers(index, small_world):
 @pytest.mark.parametrize("index", list(range(len(snippets("docs/many-processes.md")))))
 def test_many_processes(index, small_world):
     run(snippets("docs/many-processes.md")[index])
+
+
+def test_training_page(small_world):
+    (source,) = snippets("docs/training.md")
+    run(f"{source}\nraw = torch.rand(2, 3, 64, 64)\nspec = distiller.student_inputs.spec\n" + IN_PLAIN_TIMM)
+
+
+IN_PLAIN_TIMM = """
+mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+with torch.inference_mode():
+    torch.testing.assert_close(student((raw - mean) / std), distiller.predict(raw), rtol=1e-4, atol=1e-4)
+assert transform.transforms[-1].mean.tolist() == list(spec.mean) and transform.transforms[1].size == (64, 64)
+"""
+
+
+def test_training_page_has_all_options_and_defaults():
+    page = (REPOSITORY / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", page, flags=re.MULTILINE)
+    assert {name: ast.literal_eval(default) for name, default in rows} == {
+        field.name: field.default for field in dataclasses.fields(TrainingOptions)
+    }
 
 
 def test_readme_names_everything_that_exists():
