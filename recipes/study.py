@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from image_data import Data, cifar100_split
+from image_data import Data, cifar100_split, load_images
 from recorded import RecordedViews, record_views, view_of
 from results import Row, git_revision, machine, read_rows
 from torch import Tensor, nn
@@ -213,15 +213,22 @@ def record(name: str, arguments: argparse.Namespace) -> None:
 
 def load_teacher(name: str, folder: Path) -> tuple[nn.Module, int]:
     """Loads a teacher that `train_teacher.py` made, or that comes with this recipe; returns its input size too."""
-    pattern = f"cifar100-*-{PIXELS[name]}px-{TEACHERS[name]}.safetensors"
-    found = sorted(folder.glob(pattern)) or sorted(COMMITTED.glob(pattern))
-    if len(found) != 1:
+    file = f"cifar100-{teachers_digest()}-{PIXELS[name]}px-{TEACHERS[name]}.safetensors"
+    path = next((path for path in (folder / file, COMMITTED / file) if path.exists()), None)
+    if path is None:
         raise SystemExit(
-            f"{folder} has {len(found)} files of {name}: train one by train_teacher.py, or choose --pairs."
+            f"neither {folder} nor {COMMITTED} has {file}: train it by train_teacher.py (docs/results.md), or choose "
+            "--pairs. One with another digest learnt from other images, maybe from those to validate on."
         )
     teacher, size = build(TEACHERS[name], PIXELS[name], CLASSES, 3)
-    load_weights(teacher, found[0])
+    load_weights(teacher, path)
     return teacher.eval(), size
+
+
+@cache
+def teachers_digest() -> str:
+    """Returns what the files of teachers are named after: a digest of the images that they learn from."""
+    return load_images("cifar100").first(2 * PROTOCOL["images_a_class"] * CLASSES).digest[:8]
 
 
 def student_path(folder: Path, pair: str, method: str) -> Path:

@@ -41,6 +41,7 @@ def small(tmp_path, monkeypatch):
     split = study.Split(part(2), part(1), part(1))
     for module in (study, study_report):
         monkeypatch.setattr(module, "load_split", lambda: split)
+    monkeypatch.setattr(study, "teachers_digest", lambda: "0")
     words = ["record", "--teachers", str(tmp_path / "teachers"), "--recorded", str(tmp_path / "recorded")]
     arguments = study.parse_arguments(words)
     for name in TEACHERS:
@@ -96,6 +97,12 @@ def test_a_recording_of_another_teacher_is_not_taken(small):
     folders = ["--teachers", str(small / "teachers"), "--recorded", str(small / "recorded")]
     with pytest.raises(ValueError, match="recorded from a teacher of other weights"):
         study.record("dinov2_s", study.parse_arguments(["record", *folders]))
+
+
+def test_a_teacher_that_learnt_from_other_images_is_not_taken(small, monkeypatch):
+    monkeypatch.setattr(study, "teachers_digest", lambda: "1")
+    with pytest.raises(SystemExit, match=r"has cifar100-1-64px-test_vit\.safetensors: train it by"):
+        study.load_teacher("dinov2_s", small / "teachers")
 
 
 @pytest.mark.parametrize("name", ["lite0", "swin", "mixer", "convnext"])
