@@ -5,6 +5,7 @@ An adapter knows one family of models. It is found through the entry-point group
 `adapters/README.md` shows how to write one.
 """
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -191,7 +192,8 @@ class Outputs:
             if tensor is not None and not tensor.is_inference():
                 self._versions[name] = tensor._version
 
-        return hook
+        # Compiled, a hook would break the graph, once for each name. Only to say so, the compiler is not imported.
+        return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
     def keep_classifier_input(self, module: nn.Module, args: Any) -> None:
         """Is a forward pre-hook that keeps the vectors that a classifier, or its part behind pooling, sees."""

@@ -25,6 +25,7 @@ class InputSpec:
         interpolation: How images are resized: ``"bilinear"`` or ``"bicubic"``, antialiased.
         crop_ratio: For evaluation, the side of the central crop over the short side of the image;
             ``None``: the whole image is resized, whatever its aspect ratio.
+        reversed_channels: Whether the model takes the normalised channels in reverse order, as BGR.
     """
 
     channels: int
@@ -33,6 +34,7 @@ class InputSpec:
     std: tuple[float, ...]
     interpolation: str = "bilinear"
     crop_ratio: float | None = 0.875
+    reversed_channels: bool = False
 
 
 def input_spec(model: nn.Module, channels: int | None = None) -> InputSpec:
@@ -52,7 +54,14 @@ def input_spec(model: nn.Module, channels: int | None = None) -> InputSpec:
     mean, std = settings.get("mean") or IMAGENET_MEAN, settings.get("std") or IMAGENET_STD
     interpolation = "bicubic" if settings.get("interpolation") in _BICUBIC else "bilinear"
     crop_ratio = settings.get("crop_ratio", InputSpec.crop_ratio)
-    return InputSpec(channels, _pair(size), *_for_channels(mean, std, channels), interpolation, crop_ratio)
+    return InputSpec(
+        channels,
+        _pair(size),
+        *_for_channels(mean, std, channels),
+        interpolation,
+        crop_ratio,
+        settings.get("reversed_channels", False),
+    )
 
 
 _BICUBIC = (
@@ -94,11 +103,22 @@ def _of_hugging_face(config: Any) -> tuple[Settings, int | Sequence[int]]:
     if processor.get("do_center_crop") and crop and resized:
         ratio = crop[0] / resized[0]
     settings: Settings = {"interpolation": processor.get("resample"), "crop_ratio": ratio if processor else 0.875}
-    if processor.get("do_normalize") is False:
-        settings |= {"mean": (0.0,), "std": (1.0,)}
-    else:
-        settings |= {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
-    return settings, size
+    # PP-LCNet's processor reverses the channels without a setting that says so.
+    settings["reversed_channels"] = bool(processor.get("do_flip_channel_order")) or "pp_lcnet" in config.model_type
+    return settings | (_hugging_face_normalization(processor) if processor else {}), size
+
+
+def _hugging_face_normalization(processor: Settings) -> Settings:
+    """Returns the mean and standard deviation of images in [0, 1] that do what an image processor does."""
+    scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255.0
+    offset = 1.0 if processor.get("rescale_offset") else 0.0
+    mean: Sequence[float] = (0.0,)
+    std: Sequence[float] = (1.0,)
+    if processor.get("do_normalize"):
+        mean, std = processor.get("image_mean") or IMAGENET_MEAN, processor.get("image_std") or IMAGENET_STD
+        if processor.get("include_top"):  # EfficientNet's divides twice
+            std = [value**2 for value in std]
+    return {"mean": [(value + offset) / scale for value in mean], "std": [value / scale for value in std]}
 
 
 def _side(size: Any) -> tuple[int, int] | None:
@@ -165,7 +185,8 @@ class InputTransform(nn.Module):
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if x.shape[-2:] != self.size:
             x = F.interpolate(x, size=self.size, mode=self.spec.interpolation, align_corners=False, antialias=True)
-        return torch.addcmul(self.shift, x, self.scale)
+        x = torch.addcmul(self.shift, x, self.scale)
+        return x.flip(1) if self.spec.reversed_channels else x
 
 
 def _per_channel(values: Sequence[float], channels: int) -> list[float]:

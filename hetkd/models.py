@@ -202,9 +202,11 @@ def _fetched(name: str, from_network: bool, build: Callable[[], Any]) -> Any:
     except (OSError, RuntimeError) as error:
         if not from_network:
             raise
+        otherwise = f"hetkd.load_model({name!r}, weights='FILE.safetensors')"
+        if name.startswith("hf:"):  # whose configuration comes from there too
+            otherwise = "a directory of save_pretrained ('hf:DIRECTORY')"
         raise RuntimeError(
-            f"could not load {name} with its pretrained weights ({type(error).__name__}: {error}). Without a network, "
-            f"pass a local directory ('hf:DIRECTORY') or hetkd.load_model({name!r}, weights='FILE.safetensors')."
+            f"could not load {name} ({type(error).__name__}: {error}). Without a network, pass {otherwise}."
         ) from error
 
 

@@ -24,7 +24,7 @@ the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
 `loop`: images a second of `fit`, which draws, augments and accounts for batches of a data set that stays on the
 device as uint8, against the same step (forward of both models, loss, backward, update) on one batch again and again.
 
-`memory`: seconds of an epoch of `fit(keep_memory=True)`, the default on a CPU, and the peak memory of the process,
+`memory`: seconds of a `fit(keep_memory=True)` of one epoch, the default on a CPU, and the peak memory of the process,
 against `keep_memory=False`; runs of both take turns in one process, and the figures are medians.
 
 `cache`: seconds of an epoch of `fit` with the teacher live and from the cache, against the student alone (`ce`), on the
@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from bench_parts import bench_growth, bench_import, bench_transforms
 from bench_runs import MODELS, bench_cache, bench_loop, bench_memory, bench_tap
-from bench_steps import METHODS, PAIRS, PEERS, SMALL, SMALL_PAIRS, bench_pair
+from bench_steps import METHODS, PAIRS, PEERS, SMALL, SMALL_PAIRS, bench_pair, has_torchdistill
 from rich.console import Console
 from rich.table import Table
 
@@ -70,6 +70,8 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, device: torch.device) -> Any:
     """Yields titles and rows, as they are measured."""
     if arguments.what == "steps":
+        if "torchdistill kd" in arguments.methods and not has_torchdistill():
+            console.print("torchdistill is not installed (pip install '.[bench]') and left out.")
         with freed_memory_kept(enabled=device.type == "cpu" and not arguments.default_allocator) as kept:
             allocator = ", freed memory kept" if kept else ""
             seconds = SMALL_SECONDS if arguments.small else float("inf")

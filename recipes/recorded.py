@@ -3,6 +3,7 @@
 `Distiller.cache_teacher` keeps what one method needs; a comparison of many methods keeps the features themselves.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,15 +82,19 @@ def record_views(distiller: Distiller, images: Tensor, views: int, folder: Path)
         folder: To write to; one that is complete is left as it is.
 
     Raises:
-        ValueError: If the folder holds what another teacher says.
+        ValueError: If the folder holds what another teacher says, or of other images, views or stages.
     """
-    facts: dict[str, Any] = {"teacher": fingerprint_teachers(distiller)}
+    tap, stages = distiller.taps["teacher"], distiller.method.teacher_stages()
+    digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+    facts: dict[str, Any] = {"teacher": fingerprint_teachers(distiller), "images": digest, "views": views}
+    names = [*stages, "logits", POOLED]
     if (folder / _FACTS).exists():
-        if json.loads((folder / _FACTS).read_text())["teacher"] != facts["teacher"]:
-            raise ValueError(f"{folder} was recorded from a teacher of other weights: delete it.")
+        before = json.loads((folder / _FACTS).read_text())
+        changed = [name for name, value in {**facts, "arrays": names}.items() if before.get(name) != value]
+        if changed:
+            raise ValueError(f"{folder} was recorded with other {' and '.join(changed)}: delete it.")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    tap, stages = distiller.taps["teacher"], distiller.method.teacher_stages()
     arrays: dict[str, np.memmap] = {}
     for view in range(views):
         for index in torch.arange(len(images)).split(_CHUNK):
@@ -105,4 +110,4 @@ def record_views(distiller: Distiller, images: Tensor, views: int, folder: Path)
                 arrays[name][view, index.numpy()] = half.numpy()
     for array in arrays.values():
         array.flush()
-    write_json(folder / _FACTS, {**facts, "arrays": list(arrays)})
+    write_json(folder / _FACTS, {**facts, "arrays": names})

@@ -157,7 +157,10 @@ def parse_method(words: str) -> tuple[str, dict[str, Any]]:
 
 def run_all(jobs: Iterable[Job], arguments: argparse.Namespace) -> None:
     """Trains what is not there yet, some at a time with one thread each, and adds a line a student to the output."""
-    done = {row["key"] for row in read_rows(arguments.output)}
+    rows = read_rows(arguments.output)
+    if any(row["protocol"] != PROTOCOL for row in rows):
+        raise SystemExit(f"{arguments.output} has runs under another protocol: choose another --output.")
+    done = {row["key"] for row in rows}
     todo = [job for job in jobs if job.key not in done]
     context = multiprocessing.get_context("spawn")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
-from conftest import tiny_norm_free, tiny_vit
+from conftest import tiny_cnn, tiny_norm_free, tiny_vit
 from torch.distributed.fsdp import FSDPModule
 
 from hetkd import Distiller
@@ -144,6 +144,34 @@ def stopped(folder: Path, **settings) -> dict:
     return {"status": status, "checkpoints": checkpoints, "resumed": resumed}
 
 
+def with_running_statistics(**settings) -> dict:
+    """Returns the loss that a run recorded of a student with batch norm, and what each process's student has."""
+    distiller = Distiller(tiny_vit(), tiny_cnn(), "kd", input_size=64)
+    recorded = distiller.fit(data(), data(21), epochs=1, **{**SETTINGS, **settings}).history[-1]["loss"]
+    return {"recorded": recorded, "again": distiller.evaluate(data(21))["loss"]}
+
+
+class Damaged(torch.utils.data.Dataset):
+    """Images of which some cannot be read."""
+
+    def __init__(self, unreadable: set[int]) -> None:
+        self.unreadable, (self.images, self.labels) = unreadable, data()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        if index in self.unreadable:
+            raise OSError("damaged")
+        return self.images[index], self.labels[index]
+
+
+def skipping() -> dict[str, float]:
+    """Returns the last record of a run over images of which six cannot be read."""
+    train = Damaged({1, 4, 9, 16, 25, 31})
+    return make("kd", {}).fit(train, epochs=1, unreadable="skip", **SETTINGS).history[-1]
+
+
 def sharded(folder: Path) -> dict:
     """Returns what a run made whose student FSDP shards, and one that was stopped and resumed."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
@@ -208,6 +236,9 @@ def main(out: Path) -> None:
     }
     if accelerator.num_processes > 1:
         results |= {
+            "batch norm": with_running_statistics(),
+            "batch norm, averaged": with_running_statistics(ema=0.5),
+            "skipping": skipping(),
             "diverging": diverging(folder / "diverging"),
             "stopped": stopped(folder / "stopped"),
             "stopped, too": stopped(folder / "stopped-too", checkpoint_steps=1, log_every=100),

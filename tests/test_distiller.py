@@ -342,11 +342,14 @@ def test_own_module_as_teacher_and_student():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which PyTorch's compiler itself looks at
-@pytest.mark.parametrize("method", ["kd", "uhkd", "sfkd"])
-def test_compiled_parts_give_the_same_losses_gradients_and_predictions(method):
+@pytest.mark.parametrize(
+    ("teacher", "method"),
+    [(tiny_vit, "kd"), (tiny_vit, "uhkd"), (tiny_vit, "sfkd"), (lambda: hugging_face(*HUGGING_FACE[0][:2]), "rsd")],
+)
+def test_compiled_parts_give_the_same_losses_gradients_and_predictions(teacher, method):
     torch._dynamo.reset()
     counters.clear()
-    plain = Distiller(tiny_vit(), tiny_cnn(), method, input_size=32)
+    plain = Distiller(teacher(), tiny_cnn(), method, input_size=32, stages=[2, 3] if method == "rsd" else None)
     compiled = copy.deepcopy(plain)
     compiled.compile(backend="eager")
     images, labels = batch(6)

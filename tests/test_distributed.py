@@ -129,6 +129,17 @@ def test_one_process_that_diverges_ends_or_turns_back_all(one_and_two):
     assert first["diverging"]["returned"]["train/ce"] > 0
 
 
+@pytest.mark.parametrize("case", ["batch norm", "batch norm, averaged"])
+def test_all_processes_evaluate_the_student_that_is_saved(one_and_two, case):
+    _, (first, second) = one_and_two
+    assert first[case]["again"] == second[case]["again"] == pytest.approx(first[case]["recorded"], rel=1e-5)
+
+
+def test_unreadable_images_of_all_processes_count(one_and_two):
+    _, (first, second) = one_and_two
+    assert first["skipping"]["unreadable_images"] == second["skipping"]["unreadable_images"] == 6
+
+
 def test_a_process_that_dies_ends_the_run():
     done = run(2, "dies", 120)
     assert done.returncode != 0

@@ -12,11 +12,19 @@ import transformers
 from conftest import batch, tiny_cnn, tiny_vit
 from PIL import Image
 from test_adapters import HUGGING_FACE, hugging_face
-from transformers import AutoModelForImageClassification, ConvNextImageProcessor, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextImageProcessor,
+    EfficientNetConfig,
+    EfficientNetImageProcessor,
+    ViTImageProcessor,
+)
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 import hetkd
-from hetkd import Distiller, load_model
-from hetkd.inputs import InputSpec, input_spec
+from hetkd import Distiller, load_model, models
+from hetkd.inputs import InputSpec, InputTransform, input_spec
 
 
 def test_list_models():
@@ -104,6 +112,37 @@ def test_preprocessing_is_read_from_each_library(tmp_path):
     ConvNextImageProcessor(crop_pct=0.8, do_normalize=False).save_pretrained(tmp_path)
     other = input_spec(load_model(f"hf:{tmp_path}"))
     assert (other.mean, other.std, other.crop_ratio) == ((0.0,) * 3, (1.0,) * 3, 0.8)
+
+
+NOT_FROM_PIXELS = {"imagegpt", "siglip2", "timm_wrapper"}  # colour clusters, patches, timm's own configuration
+CLASSIFIERS = [config for config in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if config in IMAGE_PROCESSOR_MAPPING]
+
+
+@pytest.mark.parametrize(
+    "config", [x for x in CLASSIFIERS if x.model_type not in NOT_FROM_PIXELS], ids=lambda x: x.model_type
+)
+def test_pixels_are_what_the_image_processor_of_a_type_makes_of_them(config):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1))
+    model.config = config()
+    colour = torch.tensor([200, 100, 50], dtype=torch.uint8)
+    ours = InputTransform(input_spec(model), (8, 8))(colour[None, :, None, None].expand(1, 3, 8, 8))
+    candidates = IMAGE_PROCESSOR_MAPPING[config]
+    processor = next(x for x in (candidates.values() if isinstance(candidates, dict) else candidates) if x)()
+    theirs = processor(Image.new("RGB", (300, 300), tuple(colour.tolist())), return_tensors="pt")["pixel_values"]
+    centre = theirs[0, :, theirs.shape[2] // 2, theirs.shape[3] // 2]
+    torch.testing.assert_close(ours[0, :, 4, 4], centre, atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_processor_may_rescale_in_its_own_way():
+    settings = {"rescale_factor": 1 / 127.5, "rescale_offset": True, "include_top": False}
+    processor = EfficientNetImageProcessor(**settings, image_mean=[0.1] * 3, image_std=[0.4] * 3)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1))
+    model.config = EfficientNetConfig()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "image_processor_settings", lambda config: processor.to_dict())
+        ours = InputTransform(input_spec(model), (8, 8))(torch.full((1, 3, 8, 8), 30, dtype=torch.uint8))
+    theirs = processor(Image.new("RGB", (300, 300), (30, 30, 30)), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours[0, :, 4, 4], theirs[0, :, 100, 100], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["sfkd", "uhkd"])

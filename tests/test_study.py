@@ -95,7 +95,7 @@ def test_a_recording_of_another_teacher_is_not_taken(small):
     path = next((small / "teachers").glob("*-test_vit.safetensors"))
     save_model(build("test_vit", 64, study.CLASSES, 3)[0], path)
     folders = ["--teachers", str(small / "teachers"), "--recorded", str(small / "recorded")]
-    with pytest.raises(ValueError, match="recorded from a teacher of other weights"):
+    with pytest.raises(ValueError, match="was recorded with other teacher: delete it"):
         study.record("dinov2_s", study.parse_arguments(["record", *folders]))
 
 

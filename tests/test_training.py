@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import kornia.augmentation as K
 import pytest
 import timm
+import timm.optim
 import torch
 from accelerate.tracking import GeneralTracker
 from conftest import REPOSITORY, batch, tiny_cnn, tiny_vit
@@ -24,6 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from hetkd import Distiller, load_model
 from hetkd.training import TrainingDiverged, TrainingOptions, loop, signals
 from hetkd.training.data import UnreadableImage
+from hetkd.training.packing import pack, unpack
 from hetkd.training.targets import TargetMaker
 
 QUIET = {"progress": False, "cpu": True}
@@ -117,6 +119,64 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, method):
         }
     for key, value in whole.student.state_dict().items():
         assert torch.equal(value, resumed.student.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "layout"),
+    [("adamw", torch.channels_last), ("lamb", torch.contiguous_format), ("adafactorbv", torch.contiguous_format)],
+)
+def test_a_run_resumes_exactly_with_any_optimizer_and_layout(tmp_path, optimizer, layout):
+    def make_laid_out():
+        distiller = make("kd")
+        distiller.student.to(memory_format=layout)
+        return distiller
+
+    data = bright_or_dark(32)
+    options = {**QUIET, "batch_size": 8, "optimizer": optimizer, "lr": 1e-3, "scheduler": "constant"}
+    whole, resumed = make_laid_out(), make_laid_out()
+    whole.fit(data, epochs=2, **options)
+    make_laid_out().fit(data, epochs=1, output_dir=tmp_path, **options)
+    resumed.fit(data, epochs=2, output_dir=tmp_path, resume=True, **options)
+    for key, value in whole.student.state_dict().items():
+        assert torch.equal(value, resumed.student.state_dict()[key]), key
+
+
+def of_timm() -> list[str]:
+    """Names of timm's optimizers, but for those that need other packages, CUDA or gradients of gradients."""
+    others = ("bnb", "fused", "adahessian")
+    return [name for name in timm.optim.list_optimizers() if not name.startswith(others)]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the optimizers
+@pytest.mark.parametrize("name", of_timm())
+def test_state_of_every_optimizer_goes_through_a_checkpoint(name):
+    def make_model_and_optimizer():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        return model, timm.optim.create_optimizer_v2(model, opt=name, lr=1e-2, weight_decay=0.01)
+
+    def step(model, optimizer):
+        torch.manual_seed(1)  # some optimizers are random
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = make_model_and_optimizer()
+    for _ in range(2):
+        step(model, optimizer)
+    tensors, values = pack(optimizer.state_dict())
+    again, other = make_model_and_optimizer()
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(unpack({k: x.clone() for k, x in tensors.items()}, json.loads(json.dumps(values))))
+    for pair in ((model, optimizer), (again, other)):
+        step(*pair)
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused():
+    with pytest.raises(TypeError, match=r"state\.0\.clock holds <object"):
+        pack({"state": {0: {"clock": object()}}})
 
 
 def test_resume_without_a_checkpoint_starts(tmp_path):

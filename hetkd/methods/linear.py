@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -37,9 +36,9 @@ def mix_channels(weight: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("dc,bc...->bd...", weight, x)
 
 
-def _impulses(size: tuple[int, ...], chunk: int = 1024) -> Iterator[Tensor]:
-    """Yields maps ``[N, 1, *size]`` that are 1 at one place and 0 elsewhere, a part of them at a time."""
+def _impulses(size: tuple[int, ...], numbers: int = 1 << 22) -> Iterator[Tensor]:
+    """Yields maps ``[N, 1, *size]`` that are 1 at one place and 0 elsewhere, a part (of so many numbers) at a time."""
     count = math.prod(size)
-    for first in range(0, count, chunk):
-        places = torch.arange(first, min(first + chunk, count))
-        yield F.one_hot(places, count).double().unflatten(1, (1, *size))
+    for places in torch.arange(count).split(max(1, numbers // count)):
+        impulses = torch.zeros(len(places), count, dtype=torch.float64).scatter_(1, places[:, None], 1.0)
+        yield impulses.unflatten(1, (1, *size))

@@ -23,7 +23,7 @@ from hetkd.training.data import TensorImages, TransformedImages, has_labels, ima
 from hetkd.training.evaluate import eval_loader, measure
 from hetkd.training.memory import freed_memory_kept, give_back_freed_memory
 from hetkd.training.options import TrainingOptions
-from hetkd.training.packing import pack_optimizer, unpack_optimizer, with_prefix, without_prefix
+from hetkd.training.packing import lay_out_as_parameters, pack, unpack, with_prefix, without_prefix
 from hetkd.training.parallel import (
     copy_for_sharding,
     fused_update,
@@ -372,9 +372,11 @@ class _Run:
             "seconds": seconds,
         }
         self._report_unreadable(record, progress)
-        if self.accelerator.is_fsdp2:
-            share_buffers(self.distiller)
         student = self.distiller.student if self.ema is None else self.ema.module
+        if self.accelerator.num_processes > 1:
+            share_buffers(self.distiller)
+            if self.ema is not None:
+                share_buffers(self.ema.module)
         if self.val is not None:
             give_back_freed_memory()
             record |= measure(self.distiller, student, self.val, self.device, self.accelerator)
@@ -390,7 +392,8 @@ class _Run:
         dataset = getattr(self.train, "dataset", None)
         if not (isinstance(dataset, TransformedImages) and dataset.skip_unreadable):
             return
-        bad = dataset.unreadable.nonzero()[:, 0].tolist()
+        unreadable = self.accelerator.reduce(dataset.unreadable.to(self.device, torch.int32))
+        bad = unreadable.nonzero()[:, 0].tolist()
         record["unreadable_images"] = float(len(bad))
         if bad:
             some = ", ".join(dataset.name_of(index) for index in bad[:5]) + (", ..." if len(bad) > 5 else "")
@@ -555,7 +558,7 @@ class _Run:
         self.folder.save_random(self.steps, self.accelerator.process_index, random_state())
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            optimizer_tensors, optimizer_values = pack_optimizer(moments)
+            optimizer_tensors, optimizer_values = pack(moments)
             tensors = {
                 **with_prefix("distiller.", weights),
                 **with_prefix("optimizer.", optimizer_tensors),
@@ -599,12 +602,13 @@ class _Run:
         values = saved.values
         self.returned = max(self.returned, values["returned"])
         weights = without_prefix("distiller.", saved.tensors)
-        moments = unpack_optimizer(without_prefix("optimizer.", saved.tensors), values["optimizer"])
+        moments = unpack(without_prefix("optimizer.", saved.tensors), values["optimizer"])
         if self.accelerator.is_fsdp2:
             load_sharded_state(self.model, self.optimizer.optimizer, weights, moments)
         else:
             self.distiller.load_state_dict(weights)
             self.optimizer.load_state_dict(moments)
+            lay_out_as_parameters(self.optimizer.optimizer)
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         if self.ema is not None:

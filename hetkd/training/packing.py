@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -16,26 +17,55 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-def pack_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Takes an optimizer's state dict apart: its tensors, and the rest as JSON values."""
-    tensors, rest = {}, {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                rest[f"{index}.{name}"] = value
-    return tensors, {"rest": rest, "param_groups": state["param_groups"]}
+def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """Takes nested dictionaries, lists and tuples, as an optimizer's state dict, apart: its tensors, and JSON values.
+
+    Raises:
+        TypeError: If there is a value in it that neither can hold.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def packed(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value
+            return {"tensor": path}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, Mapping):  # with keys that may be numbers
+            return {
+                "items": [[key, packed(entry, f"{path}.{key}" if path else str(key))] for key, entry in value.items()]
+            }
+        if isinstance(value, (list, tuple)):
+            entries = [packed(entry, f"{path}.{index}") for index, entry in enumerate(value)]
+            return {"tuple": entries} if isinstance(value, tuple) else entries
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"{path} holds {value!r}, which a checkpoint cannot: use another optimizer.")
+
+    return tensors, packed(state, "")
 
 
-def unpack_optimizer(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts together what `pack_optimizer` took apart."""
-    state: dict[int | str, dict[str, Any]] = {}
-    for key, value in {**tensors, **values["rest"]}.items():
-        of, name = key.rsplit(".", 1)
-        state.setdefault(int(of) if of.isdecimal() else of, {})[name] = value
-    groups = [
-        {name: tuple(value) if name == "betas" else value for name, value in group.items()}
-        for group in values["param_groups"]
-    ]
-    return {"state": state, "param_groups": groups}
+def unpack(tensors: Mapping[str, Tensor], values: Any) -> Any:
+    """Puts together what `pack` took apart."""
+    if isinstance(values, list):
+        return [unpack(tensors, entry) for entry in values]
+    if not isinstance(values, dict):
+        return values
+    ((kind, content),) = values.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dtype":
+        return getattr(torch, content)
+    entries = unpack(tensors, content)
+    return tuple(entries) if kind == "tuple" else dict(entries)
+
+
+def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Gives what an optimizer keeps of each parameter the parameter's memory layout, which fused ones on CPUs rely on.
+
+    A checkpoint holds contiguous tensors, but a parameter may be ``channels_last``.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, x in state.items():
+            if isinstance(x, Tensor) and x.shape == parameter.shape and x.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=x.dtype, device=x.device).copy_(x)

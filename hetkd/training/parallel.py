@@ -251,9 +251,15 @@ def unsharded_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Gives all processes the buffers of the first one, as DDP does in each step: running statistics, for example."""
+    """Gives all processes the buffers of the first one: running statistics, for example.
+
+    DDP does so before each forward, but what is evaluated comes after the last.
+    """
     for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
+        shared = buffer.contiguous()
+        dist.broadcast(shared, 0)
+        if shared is not buffer:
+            buffer.copy_(shared)
 
 
 def local_part(parameter: Tensor) -> Tensor:

@@ -62,6 +62,10 @@ class TeacherCache:
         self.dtype = record_dtype(self.about["shapes"], self.about["top_k"])
         self._shards: dict[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves open files out, which processes that load data would get the content of."""
+        return {**vars(self), "_shards": {}}
+
     def _expected_shards(self) -> set[str]:
         return {name for name, _, _ in shards(self.about["samples"], self.about["views"])}
 
@@ -247,7 +251,7 @@ def write_cache(
 
 def image_checksum(image: Tensor) -> int:
     """Returns a checksum of an image as it was loaded."""
-    return zlib.crc32(image.contiguous().numpy().tobytes())
+    return zlib.crc32(image.cpu().contiguous().numpy().tobytes())
 
 
 def shards(samples: int, views: int) -> Iterator[tuple[str, int, range]]:
@@ -309,6 +313,8 @@ def _inputs(distiller: Distiller) -> dict[str, Any]:
             inputs[f"{role} size"] = list(tap.size)
             inputs[f"{role} scale"] = tap.inputs.scale.flatten().tolist()
             inputs[f"{role} shift"] = tap.inputs.shift.flatten().tolist()
+            if tap.spec.reversed_channels:
+                inputs[f"{role} channels"] = "reversed"
     return inputs
 
 
