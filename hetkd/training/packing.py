@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 
+_DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+
+
 def with_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies of the tensors on the CPU, which share no memory, under longer names."""
     return {prefix + name: x.detach().to("cpu", copy=True).contiguous() for name, x in state.items()}
@@ -30,7 +33,7 @@ def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
             tensors[path] = value
             return {"tensor": path}
         if isinstance(value, torch.dtype):
-            return {"dtype": str(value).removeprefix("torch.")}
+            return {"dtype": str(value)}
         if isinstance(value, Mapping):  # with keys that may be numbers
             return {
                 "items": [[key, packed(entry, f"{path}.{key}" if path else str(key))] for key, entry in value.items()]
@@ -55,7 +58,7 @@ def unpack(tensors: Mapping[str, Tensor], values: Any) -> Any:
     if kind == "tensor":
         return tensors[content]
     if kind == "dtype":
-        return getattr(torch, content)
+        return _DTYPES[content]
     entries = unpack(tensors, content)
     return tuple(entries) if kind == "tuple" else dict(entries)
 
