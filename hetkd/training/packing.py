@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
