@@ -192,7 +192,7 @@ class Outputs:
             if tensor is not None and not tensor.is_inference():
                 self._versions[name] = tensor._version
 
-        # Traced, it would break compiled graphs, once for each name; but only for that the compiler is not imported.
+        # Traced, it would break a compiled graph, once for each name. Where nothing compiles, the compiler stays out.
         return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
     def keep_classifier_input(self, module: nn.Module, args: Any) -> None:

@@ -202,9 +202,8 @@ def _fetched(name: str, from_network: bool, build: Callable[[], Any]) -> Any:
     except (OSError, RuntimeError) as error:
         if not from_network:
             raise
-        otherwise = f"hetkd.load_model({name!r}, weights='FILE.safetensors')"
-        if name.startswith("hf:"):  # whose configuration comes from there too
-            otherwise = "a directory of save_pretrained ('hf:DIRECTORY')"
+        file = f"hetkd.load_model({name!r}, weights='FILE.safetensors')"
+        otherwise = "a directory of save_pretrained ('hf:DIRECTORY')" if name.startswith("hf:") else file
         raise RuntimeError(
             f"could not load {name} ({type(error).__name__}: {error}). Without a network, pass {otherwise}."
         ) from error
