@@ -8,8 +8,9 @@ distiller.fit("imagenet/train", "imagenet/val", epochs=100, output_dir="runs/r18
 distiller.save_student("resnet18.safetensors")
 """
 
-from hetkd.adapter import Adapter, Features, HookAdapter, Stage, StagePair, list_adapters, register_adapter
-from hetkd.distiller import Distiller, DistillerOutput
+from hetkd.distillation import DistillerOutput
+from hetkd.distiller import Distiller
+from hetkd.features import Adapter, Features, HookAdapter, Stage, StagePair, list_adapters, register_adapter
 from hetkd.methods import (
     AT,
     CC,

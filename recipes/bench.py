@@ -5,7 +5,6 @@
     python recipes/bench.py spectral                # transforms against torch.fft and ptwt; growth with sizes
     python recipes/bench.py tap                     # the tap against a plain forward
     python recipes/bench.py loop                    # `fit` on a small data set against the bare step
-    python recipes/bench.py memory                  # `fit` with the memory that steps free kept, and given back
     python recipes/bench.py cache                   # an epoch from the teacher cache against plain training
     python recipes/bench.py import                  # importing hetkd against importing torch
 
@@ -15,17 +14,15 @@ it: each method of hetkd, timm's distillation tasks, and torchdistill's KD (`pip
 median over the rounds of a step's time over the mean of the floors before and after it, `ratio_interval` where that
 median lies with 95 % confidence, `ratio_quartiles` those of the single rounds; `memory_ratio` compares peaks of
 memory, with weights and optimizer; `operations` is how many of PyTorch's operations a step runs, views aside, which is
-what a GPU's launches go by; the phases say where the milliseconds go. On the CPU the allocator keeps what is freed, as
-in `fit`, for all contenders: otherwise each pays for page faults by luck (`--default-allocator` measures without).
+what a GPU's launches go by; the phases say where the milliseconds go. On the CPU the allocator
+should keep freed memory, for otherwise each contender pays for page faults by luck: set `MALLOC_MMAP_MAX_=0` and
+`MALLOC_TRIM_THRESHOLD_=100000000000` (docs/performance.md).
 
 `tap`: plain and tapped forward passes of one model take turns; the figures are medians of their times,
 the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.
 
 `loop`: images a second of `fit`, which draws, augments and accounts for batches of a data set that stays on the
 device as uint8, against the same step (forward of both models, loss, backward, update) on one batch again and again.
-
-`memory`: seconds of a `fit(keep_memory=True)` of one epoch, the default on a CPU, and the peak memory of the process,
-against `keep_memory=False`; runs of both take turns in one process, and the figures are medians.
 
 `cache`: seconds of an epoch of `fit` with the teacher live and from the cache, against the student alone (`ce`), on the
 same images; the three take turns, and the figures are medians.
@@ -38,12 +35,10 @@ from typing import Any
 
 import torch
 from bench_parts import bench_growth, bench_import, bench_transforms
-from bench_runs import MODELS, bench_cache, bench_loop, bench_memory, bench_tap
+from bench_runs import MODELS, bench_cache, bench_loop, bench_tap
 from bench_steps import METHODS, PAIRS, PEERS, SMALL, SMALL_PAIRS, bench_pair, has_torchdistill
 from rich.console import Console
 from rich.table import Table
-
-from hetkd.training.memory import freed_memory_kept
 
 BATCH, REPEATS = 8, 20
 CUDA_BATCH = 64  # with less, a GPU waits for the launches of its kernels
@@ -56,8 +51,6 @@ def main() -> None:
     """Measures, prints tables, and writes the rows."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.what == "memory" and device.type != "cpu":
-        raise SystemExit("bench.py: memory is about the CPU's allocator; run it with CUDA_VISIBLE_DEVICES=''.")
     rows = []
     for title, part in measure(arguments, device):
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -72,19 +65,14 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Any:
     if arguments.what == "steps":
         if "torchdistill kd" in arguments.methods and not has_torchdistill():
             console.print("torchdistill is not installed (pip install '.[bench]') and left out.")
-        with freed_memory_kept(enabled=device.type == "cpu" and not arguments.default_allocator) as kept:
-            allocator = ", freed memory kept" if kept else ""
-            seconds = SMALL_SECONDS if arguments.small else float("inf")
-            for pair in arguments.pairs:
-                rows = bench_pair(pair, arguments.methods, arguments.batch_size, arguments.repeats, device, seconds)
-                yield f"{pair}{allocator}", rows
+        seconds = SMALL_SECONDS if arguments.small else float("inf")
+        for pair in arguments.pairs:
+            yield pair, bench_pair(pair, arguments.methods, arguments.batch_size, arguments.repeats, device, seconds)
     elif arguments.what == "spectral":
         yield "transforms", bench_transforms(arguments.batch_size, arguments.repeats, device)
         yield "growth", bench_growth(arguments.repeats, device)
     elif arguments.what == "tap":
         yield "tap", [bench_tap(name, device, arguments) for name in arguments.models]
-    elif arguments.what == "memory":
-        yield "memory", [bench_memory(pair, device, arguments) for pair in arguments.pairs]
     elif arguments.what == "cache":
         yield "cache", [bench_cache(method, device, arguments) for method in ("kd", "uhkd", "sfkd")]
     elif arguments.what == "loop":
@@ -116,7 +104,7 @@ def _text(value: Any) -> str:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["steps", "spectral", "tap", "loop", "memory", "cache", "import"]
+    kinds = ["steps", "spectral", "tap", "loop", "cache", "import"]
     parser.add_argument("what", nargs="?", choices=kinds, default="steps")
     parser.add_argument(
         "--small", action="store_true", help=f"ends within 5 minutes on two cores: steps take {SMALL_SECONDS} s a pair"
@@ -126,7 +114,6 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="for tap: models that take 224 px")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--default-allocator", action="store_true", help="for steps: let freed memory go back")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     arguments = parser.parse_args(words)
     if arguments.repeats is not None and arguments.repeats < 2:
@@ -135,7 +122,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     arguments.pairs = arguments.pairs or (SMALL_PAIRS if small else list(PAIRS))
     arguments.methods = arguments.methods or (SMALL if small else [*METHODS, *PEERS])
     arguments.batch_size = arguments.batch_size or (CUDA_BATCH if torch.cuda.is_available() else BATCH)
-    usual = {"steps": STEPS_REPEATS, "memory": SMALL_REPEATS}.get(arguments.what, REPEATS)
+    usual = STEPS_REPEATS if arguments.what == "steps" else REPEATS
     few = SMALL_STEPS_REPEATS if arguments.what == "steps" else SMALL_REPEATS
     arguments.repeats = arguments.repeats or (few if small else usual)
     return arguments

@@ -13,9 +13,9 @@ from timing import compare, take_turns
 from torch import Tensor
 
 from hetkd import SFKD, UHKD, Features, Method, Stage, StagePair
-from hetkd.grid import to_grid
-from hetkd.methods.ds2s import SpectralGate
-from hetkd.methods.linear import LinearMap
+from hetkd.features.grid import to_grid
+from hetkd.methods.common.linear import LinearMap
+from hetkd.methods.sfkd.ds2s import SpectralGate
 from hetkd.spectral import dwt2, idwt2, low_frequencies
 
 CHANNELS, GRID, KEEP, LEVELS = 256, 16, 5, 2

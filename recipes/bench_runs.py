@@ -1,4 +1,4 @@
-"""The tap, the training loop, kept memory and the teacher cache, each against the same work without it."""
+"""The tap, the training loop and the teacher cache, each against the same work without it."""
 
 import argparse
 import statistics
@@ -7,16 +7,14 @@ from typing import Any
 
 import kornia.augmentation as K
 import torch
-from bench_steps import CLASSES, PAIRS, PIXELS
-from results import PeakMemory
+from bench_steps import PIXELS
 from timing import compare, peak_memory, take_turns
 
 from hetkd import Distiller, load_model
-from hetkd.adapter import find_adapter, probe
-from hetkd.plan import choose_stages
-from hetkd.training.memory import freed_memory_kept
+from hetkd.features.pairing import choose_stages
+from hetkd.features.probe import probe
+from hetkd.features.registry import find_adapter
 
-STEPS = 16  # an epoch of `bench_memory`
 MODELS = [
     "timm:resnet18",
     "timm:vit_small_patch16_224",
@@ -72,9 +70,7 @@ def bench_loop(method: str, device: torch.device, arguments: argparse.Namespace)
     distiller.train()
     bare = take_turns({"step": step}, arguments.repeats, device)["step"]
     flip = K.RandomHorizontalFlip(p=0.5)
-    result = distiller.fit(
-        (images, labels), epochs=2, batch_size=batch, augment=flip, keep_memory=False, progress=False
-    )
+    result = distiller.fit((images, labels), epochs=2, batch_size=batch, augment=flip, progress=False)
     again = take_turns({"step": step}, arguments.repeats, device)["step"]
     bare_speed, loop_speed = batch / statistics.median(bare + again), result.history[-1]["images_per_second"]
     return {
@@ -82,40 +78,6 @@ def bench_loop(method: str, device: torch.device, arguments: argparse.Namespace)
         "step_images_per_second": bare_speed,
         "fit_images_per_second": loop_speed,
         "ratio": loop_speed / bare_speed,
-    }
-
-
-def bench_memory(pair: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compares runs of `fit` that keep the memory that steps free with runs that give it back."""
-    with freed_memory_kept() as possible:
-        if not possible:
-            raise SystemExit("bench.py: memory cannot be kept here: no glibc, or MALLOC_... or GLIBC_TUNABLES is set.")
-    teacher, student = (load_model(model, pretrained=False).to(device) for model in PAIRS[pair])
-    distiller = Distiller(teacher, student, "sfkd")
-    images = torch.randint(256, (STEPS * arguments.batch_size, 3, PIXELS, PIXELS), dtype=torch.uint8)
-    labels = torch.randint(CLASSES, (len(images),))
-    peaks: dict[bool, list[float]] = {True: [], False: []}
-
-    def run(keep: bool) -> None:
-        with PeakMemory() as memory:
-            distiller.fit(
-                (images, labels), epochs=1, batch_size=arguments.batch_size, keep_memory=keep, cpu=True, progress=False
-            )
-        peaks[keep].append(memory.peak_mb)
-
-    functions = {"kept": lambda: run(True), "given back": lambda: run(False)}
-    times = take_turns(functions, arguments.repeats, device)
-    ratio, quartiles = compare(times["kept"], times["given back"])
-    kept_mb, given_back_mb = (statistics.median(peaks[keep]) for keep in (True, False))
-    return {
-        "pair": pair,
-        "kept_s": statistics.median(times["kept"]),
-        "given_back_s": statistics.median(times["given back"]),
-        "ratio": ratio,
-        "ratio_quartiles": quartiles,
-        "kept_mb": kept_mb,
-        "given_back_mb": given_back_mb,
-        "memory_ratio": kept_mb / given_back_mb,
     }
 
 

@@ -16,7 +16,7 @@ from timing import median_interval, now, operations_of, peak_memory, seconds_of
 from torch import Tensor, nn
 
 from hetkd import SFKD, Distiller, Method, list_methods, load_model
-from hetkd.methods.feature import count_parameters
+from hetkd.methods.common.stagewise import count_parameters
 
 PIXELS, CLASSES = 224, 1000
 PAIRS = {

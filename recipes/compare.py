@@ -28,9 +28,9 @@ from train_teacher import teacher_path, train_teacher
 from zoo import build
 
 from hetkd import Combined, Distiller, list_methods
-from hetkd.files import checksum
 from hetkd.models import load_weights
 from hetkd.training import TrainingDiverged, TrainingOptions
+from hetkd.utils.files import checksum
 
 FIT_OPTIONS = ("epochs", "batch_size", "optimizer", "lr", "warmup_epochs", "mixed_precision")
 console = Console(highlight=False, soft_wrap=True)

@@ -39,10 +39,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hetkd import SFKD, UHKD, Distiller, DistillerOutput, load_model
-from hetkd.adapter import output_logits
-from hetkd.inputs import input_spec
-from hetkd.models import tapped_module
-from hetkd.plan import choose_stages
+from hetkd.features.hooks import output_logits
+from hetkd.features.pairing import choose_stages
+from hetkd.models.inputs import input_spec
+from hetkd.models.wrappers import tapped_module
 
 CLASSES = 10
 SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)

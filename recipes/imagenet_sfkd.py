@@ -27,7 +27,7 @@ from streams import StreamLoader, TrainingStream, open_streams
 from torch import nn
 
 from hetkd import Distiller, list_methods, load_model
-from hetkd.training.data import image_transform
+from hetkd.data.images import image_transform
 
 console = Console(highlight=False, soft_wrap=True)
 CNN_PROTOCOL: dict[str, Any] = {

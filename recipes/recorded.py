@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from hetkd import Distiller, Features
-from hetkd.files import write_json
-from hetkd.plan import POOLED
-from hetkd.training.teacher_cache import fingerprint_teachers
+from hetkd.features.pairing import POOLED
+from hetkd.utils.files import write_json
 
 SHIFT = 4
 _FACTS, _CHUNK = "facts.json", 128
@@ -86,7 +85,7 @@ def record_views(distiller: Distiller, images: Tensor, views: int, folder: Path)
     """
     tap, stages = distiller.taps["teacher"], distiller.method.teacher_stages()
     digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-    facts: dict[str, Any] = {"teacher": fingerprint_teachers(distiller), "images": digest, "views": views}
+    facts: dict[str, Any] = {"teacher": distiller.teachers.fingerprints(), "images": digest, "views": views}
     names = [*stages, "logits", POOLED]
     if (folder / _FACTS).exists():
         before = json.loads((folder / _FACTS).read_text())

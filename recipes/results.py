@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from hetkd import Distiller
-from hetkd.files import write_atomically
 from hetkd.training.checkpoint import SETTINGS
-from hetkd.training.loop import FitResult
+from hetkd.training.run import FitResult
+from hetkd.utils.files import write_atomically
 
 Row = dict[str, Any]
 GRAY, BLUE = "#8a8f98", "#2f6fde"

@@ -10,7 +10,7 @@ import torch
 from hub import hub_splits, import_datasets
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hetkd.training.random_state import sample_seed, seeded
+from hetkd.data.seeding import sample_seed, seeded
 
 SHUFFLED = 2048
 

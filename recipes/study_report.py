@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from zoo import build
 
 from hetkd import Distiller
-from hetkd.grid import to_grid
+from hetkd.features.grid import to_grid
+from hetkd.features.pairing import choose_stages
 from hetkd.models import load_weights
-from hetkd.plan import choose_stages
 from hetkd.spectral import dwt2
 
 ORANGE, GREEN = "#e0862a", "#1c9a5b"

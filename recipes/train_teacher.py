@@ -20,8 +20,8 @@ from torch import nn
 from zoo import build
 
 from hetkd import Distiller
-from hetkd.files import write_json
 from hetkd.models import load_weights, save_model
+from hetkd.utils.files import write_json
 
 EVALUATED_IMAGES = 1_000  # after each epoch, evenly spread over the test images; all of them at the end
 

@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 tests/distributed_worker.py OUT.pt
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -17,9 +18,9 @@ from conftest import tiny_cnn, tiny_norm_free, tiny_vit
 from torch.distributed.fsdp import FSDPModule
 
 from hetkd import Distiller
-from hetkd.training import TrainingDiverged, loop
+from hetkd.training import TrainingDiverged, setup
+from hetkd.training.accelerator import make_accelerator
 from hetkd.training.evaluate import eval_loader, measure
-from hetkd.training.parallel import make_accelerator
 
 CASES = {
     "kd": ("kd", {}),
@@ -77,6 +78,9 @@ def training(method: str = "sfkd", options: dict | None = None, *, labels: bool 
     }
 
 
+fitting = importlib.import_module("hetkd.training.fit")  # the function of this name hides the module
+
+
 @contextmanager
 def configuration(kind: DistributedType, **state):
     """Makes `fit` find FSDP 2 or DeepSpeed in Accelerate's configuration, which Accelerate heeds on GPUs only."""
@@ -87,11 +91,11 @@ def configuration(kind: DistributedType, **state):
         AcceleratorState._shared_state |= {"distributed_type": kind, **state}
         return accelerator
 
-    loop.make_accelerator = configured
+    fitting.make_accelerator = configured
     try:
         yield
     finally:
-        loop.make_accelerator = make_accelerator
+        fitting.make_accelerator = make_accelerator
 
 
 class AtStep:
@@ -191,11 +195,11 @@ def watched(units: list[str]):
         units.extend(type(module).__name__ for module in model.modules() if isinstance(module, FSDPModule))
         return model, optimizer
 
-    original, loop.prepare = loop.prepare, prepare
+    original, setup.prepare = setup.prepare, prepare
     try:
         yield
     finally:
-        loop.prepare = original
+        setup.prepare = original
 
 
 def with_deepspeed(out: Path) -> None:

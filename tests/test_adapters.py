@@ -13,9 +13,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from hetkd import Distiller, HookAdapter, list_adapters, load_model, register_adapter
-from hetkd.adapter import adapters, find_adapter, first_tensor, probe
-from hetkd.grid import common_grid, to_grid, tokens_to_map
-from hetkd.plan import choose_stages
+from hetkd.features.grid import common_grid, to_grid, tokens_to_map
+from hetkd.features.hooks import first_tensor
+from hetkd.features.pairing import choose_stages
+from hetkd.features.probe import probe
+from hetkd.features.registry import adapters, find_adapter
 from hetkd.spectral import dwt2
 
 TIMM = [

@@ -35,9 +35,9 @@ from hetkd import (
     list_methods,
 )
 from hetkd.methods.cc import CC as CorrelationCongruence
+from hetkd.methods.common.statistics import standardize_batch
 from hetkd.methods.crd import Memory
 from hetkd.methods.dkd import decoupled_parts
-from hetkd.methods.matching import standardize_batch
 from hetkd.methods.ofa import convolutional_exit, enhanced_loss, token_exit
 from hetkd.methods.rkd import angles, distances
 from hetkd.methods.rsd import redundancy
@@ -656,7 +656,7 @@ def test_a_batch_of_one_is_refused_in_training(method):
 
 @pytest.mark.parametrize("method", ["rkd", "cc", "rsd", "ofa", ["kd", "cc"]])
 def test_a_batch_of_one_a_process_is_refused_where_processes_do_not_look_at_others(method, monkeypatch):
-    monkeypatch.setattr("hetkd.distiller.world_size", lambda: 2)
+    monkeypatch.setattr("hetkd.distillation.world_size", lambda: 2)
     distiller = Distiller(tiny_vit(), tiny_cnn(), method, input_size=32)
     with pytest.raises(ValueError, match="a batch of one image"):
         distiller(*batch(1))

@@ -17,9 +17,9 @@ from transformers import AutoModelForImageClassification, BitImageProcessor, ViT
 
 import hetkd
 from hetkd import SFKD, Distiller, load_model
-from hetkd.adapter import find_classifier
-from hetkd.compiling import blocks, compile_parts
-from hetkd.inputs import InputTransform, input_spec
+from hetkd.features.hooks import find_classifier
+from hetkd.models.inputs import InputTransform, input_spec
+from hetkd.utils.compiling import blocks, compile_parts
 
 NAMES = [
     "vit_tiny_patch16_224",

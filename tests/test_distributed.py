@@ -151,7 +151,7 @@ def test_gloo_ends_before_the_interpreter():
 import atexit
 import torch.distributed as dist
 atexit.register(lambda: print("still there:", dist.is_initialized()))  # the first to register is the last to run
-import hetkd.training.parallel
+import hetkd.training.accelerator
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_adapters import HUGGING_FACE, hugging_face
 
 from hetkd import list_methods
-from hetkd.adapter import adapters
-from hetkd.methods.base import methods
+from hetkd.features.registry import adapters
+from hetkd.methods.common.method import methods
 from hetkd.training import TrainingOptions
 
 

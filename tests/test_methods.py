@@ -23,9 +23,8 @@ from hetkd import (
     list_methods,
     register_method,
 )
-from hetkd.methods.base import make_method, method_options, methods
-from hetkd.methods.ds2s import DS2S, DepthwiseKernel, LiteDS2S
-from hetkd.methods.matching import (
+from hetkd.methods.common.method import make_method, method_options, methods
+from hetkd.methods.common.statistics import (
     ChannelReduction,
     correlation_losses,
     infonce,
@@ -34,6 +33,7 @@ from hetkd.methods.matching import (
     standardize_sample,
     weights_side_by_side,
 )
+from hetkd.methods.sfkd.ds2s import DS2S, DepthwiseKernel, LiteDS2S
 from hetkd.methods.uhkd import spectrum_per_pixel
 from hetkd.spectral import dwt2, idwt2, low_frequencies
 

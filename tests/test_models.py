@@ -23,8 +23,9 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 import hetkd
-from hetkd import Distiller, load_model, models
-from hetkd.inputs import InputSpec, InputTransform, input_spec
+from hetkd import Distiller, load_model
+from hetkd.models import inputs
+from hetkd.models.inputs import InputSpec, InputTransform, input_spec
 
 
 def test_list_models():
@@ -139,7 +140,7 @@ def test_an_image_processor_may_rescale_in_its_own_way():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1))
     model.config = EfficientNetConfig()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "image_processor_settings", lambda config: processor.to_dict())
+        patch.setattr(inputs, "image_processor_settings", lambda config: processor.to_dict())
         ours = InputTransform(input_spec(model), (8, 8))(torch.full((1, 3, 8, 8), 30, dtype=torch.uint8))
     theirs = processor(Image.new("RGB", (300, 300), (30, 30, 30)), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(ours[0, :, 4, 4], theirs[0, :, 100, 100], atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY, tiny_cnn, tiny_vit
 
 from hetkd import HookAdapter, list_adapters, register_adapter
-from hetkd.adapter import adapters, find_adapter
+from hetkd.features.registry import adapters, find_adapter
 
 SCRIPT = """
 import json, warnings

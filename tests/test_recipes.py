@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hetkd import RSD, Distiller
-from hetkd.inputs import InputSpec
+from hetkd.data.images import image_transform
+from hetkd.models.inputs import InputSpec
 from hetkd.training import TrainingDiverged
-from hetkd.training.data import image_transform
-from hetkd.training.loop import _Run
+from hetkd.training.saving import Saver
 
 RECIPES = REPOSITORY / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -86,29 +86,6 @@ def test_bench_of_runs(tmp_path):
     assert row["ratio"] == pytest.approx(row["fit_images_per_second"] / row["step_images_per_second"])
     row = bench_runs.bench_cache("kd", torch.device("cpu"), short)
     assert row["cached_ratio"] > 0
-
-
-def test_bench_of_memory(monkeypatch):
-    import bench
-    import bench_runs
-
-    from hetkd.training import memory
-
-    monkeypatch.setattr(bench_runs, "PAIRS", {"tiny": ("test_vit", "test_resnet")})
-    monkeypatch.setattr(bench_runs, "PIXELS", 160)
-    monkeypatch.setattr(bench_runs, "STEPS", 2)
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
-    short = bench.parse_arguments(["memory", "--repeats", "2", "--batch-size", "2"])
-    with pytest.raises(SystemExit, match="memory cannot be kept here"):
-        bench_runs.bench_memory("tiny", torch.device("cpu"), short)
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
-    with memory.freed_memory_kept() as possible:
-        if not possible:
-            pytest.skip("glibc only")
-    row = bench_runs.bench_memory("tiny", torch.device("cpu"), short)
-    assert row["ratio"] == pytest.approx(row["kept_s"] / row["given_back_s"])
-    assert row["kept_mb"] > 100
-    assert row["given_back_mb"] > 100
 
 
 def test_bench_of_steps(tmp_path, monkeypatch, capsys):
@@ -426,14 +403,14 @@ def test_compare_killed_in_the_middle_gives_the_same_table(tmp_path, monkeypatch
     whole = compare_tiny(monkeypatch, tmp_path / "whole")
     epochs = 0
 
-    def power_cut(self, *arguments, real=_Run._save):
+    def power_cut(self, *arguments, real=Saver.save_epoch):
         nonlocal epochs
         epochs += 1
         real(self, *arguments)
         if epochs in (2, 5, 8):  # in the teacher's run, between two epochs of a student, after a student's last
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Run, "_save", power_cut)
+    monkeypatch.setattr(Saver, "save_epoch", power_cut)
     cuts = 0
     while True:
         try:

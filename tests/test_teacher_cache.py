@@ -11,8 +11,8 @@ from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from hetkd import Distiller
-from hetkd.training import teacher_cache
-from hetkd.training.teacher_cache import TeacherCache
+from hetkd.cache import records
+from hetkd.cache.records import TeacherCache
 
 QUIET = {"progress": False, "cpu": True}
 
@@ -106,7 +106,7 @@ def test_tensors_and_few_logits(tmp_path):
 
 
 def test_interrupted_it_goes_on(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(teacher_cache, "SHARD_RECORDS", 10)
+    monkeypatch.setattr(records, "SHARD_RECORDS", 10)
     whole, cut = make(), make()
     whole.cache_teacher(folder, tmp_path / "whole", views=2, progress=False)
     calls, encode = 0, cut.method.encode

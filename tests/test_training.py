@@ -1,6 +1,7 @@
 """Training end to end on small real models."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -23,10 +24,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.transforms.functional import to_pil_image
 
 from hetkd import Distiller, load_model
-from hetkd.training import TrainingDiverged, TrainingOptions, loop, signals
-from hetkd.training.data import UnreadableImage
-from hetkd.training.packing import pack, unpack
-from hetkd.training.targets import TargetMaker
+from hetkd.data.images import UnreadableImage
+from hetkd.training import TrainingDiverged, TrainingOptions, signals
+from hetkd.training.batches import TargetMaker
+from hetkd.training.saving import pack, unpack
 
 QUIET = {"progress": False, "cpu": True}
 
@@ -252,11 +253,13 @@ def test_precision_may_change_between_runs():
 def test_label_smoothing_and_mixing_make_soft_labels():
     distiller = make("kd")
     images, labels = batch(4)
-    smooth = TargetMaker(TrainingOptions(label_smoothing=0.1), distiller)(images, labels)
+    smooth = TargetMaker(TrainingOptions(label_smoothing=0.1), distiller.classes)(images, labels)
     assert torch.equal(smooth[0], images)
     torch.testing.assert_close(smooth[1].sum(1), torch.ones(4))
     assert smooth[1].max().item() == pytest.approx(0.91)
-    mixed_images, mixed = TargetMaker(TrainingOptions(mixup=1.0), distiller)((images * 255).to(torch.uint8), labels)
+    mixed_images, mixed = TargetMaker(TrainingOptions(mixup=1.0), distiller.classes)(
+        (images * 255).to(torch.uint8), labels
+    )
     torch.testing.assert_close(mixed.sum(1), torch.ones(4))
     assert mixed_images.min() >= 0
     assert mixed_images.max() <= 1
@@ -497,7 +500,11 @@ class TestExactResume:
 
     def test_the_checkpoint_of_the_best_epoch_stays_if_asked_for(self, tmp_path, monkeypatch):
         accuracies = iter([20.0, 50.0, 30.0, 40.0])
-        monkeypatch.setattr(loop, "measure", lambda *_: {"top1": next(accuracies), "top5": 0.0, "loss": 1.0})
+        monkeypatch.setattr(
+            importlib.import_module("hetkd.training.fit"),
+            "measure",
+            lambda *_: {"top1": next(accuracies), "top5": 0.0, "loss": 1.0},
+        )
         options = {**QUIET, "epochs": 4, "batch_size": 16, "keep_last": 1, "keep_best": True}
         self.make("kd").fit(bright_or_dark(32), bright_or_dark(16), **options, output_dir=tmp_path)
         kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -661,67 +668,3 @@ def test_trackers_get_settings_and_every_epoch(tmp_path):
         make("kd").fit(bright_or_dark(16), epochs=1, trackers=["tensorbord"], **QUIET)
     with pytest.raises(TypeError, match="must be a list"):
         make("kd").fit(bright_or_dark(16), epochs=1, trackers="wandb", **QUIET)
-
-
-PAGE_FAULTS = """
-import ctypes, json, resource
-import timm, torch
-from hetkd import Distiller
-from hetkd.training.memory import freed_memory_kept
-
-ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 4 KB, whatever the machine prefers
-distiller = Distiller(None, timm.create_model("test_resnet", num_classes=10), "ce", input_size=32)
-data = torch.rand(8, 3, 32, 32), torch.arange(8)  # a step's own blocks are small beside those counted
-counts = []
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-def augment(images):
-    before = faults()
-    torch.ones(floats)
-    counts.append(faults() - before)
-    torch.ones(40_000_000)  # leaves room enough for the next one, wherever small blocks come to lie
-    return images
-
-def run(keep):
-    counts.clear()
-    distiller.fit(data, epochs=2, batch_size=2, augment=augment, progress=False, cpu=True, keep_memory=keep)
-    return list(counts)
-
-floats = 10_000_000  # 40 MB: more than glibc ever keeps by itself
-before, kept = run(False), run(True)
-with freed_memory_kept() as possible:
-    pass
-with freed_memory_kept():
-    try:
-        with freed_memory_kept():
-            raise ZeroDivisionError
-    except ZeroDivisionError:
-        torch.ones(40_000_000)
-        counts.clear()
-        augment(None)
-        nested = list(counts)
-floats = 100_000_000  # more than any gap that was left
-print(json.dumps([possible, nested, before, kept, run(False)]))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
-@pytest.mark.parametrize("environment", [{}, {"MALLOC_TRIM_THRESHOLD_": "1000000"}])
-def test_freed_memory_is_kept_while_an_epoch_lasts(environment):
-    words = [sys.executable, "-c", PAGE_FAULTS]
-    usual = {name: x for name, x in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
-    out = subprocess.check_output(words, env=usual | environment, text=True, timeout=120)
-    possible, nested, before, kept, after = json.loads(out)
-    assert min(before) > 9000, "40 MB are 10,000 pages"
-    assert min(after) > 9000, "after a run memory is given back as before"
-    if environment:
-        assert not possible
-        assert min(kept) > 9000, "what the environment says of memory counts"
-    elif not possible:
-        pytest.skip("glibc only")
-    else:
-        assert max(nested) < 1000, "an inner context that ends leaves the outer one as it was"
-        assert max(kept[1:4] + kept[5:]) < 1000
-        assert kept[4] > 5000, "between epochs memory is given back"

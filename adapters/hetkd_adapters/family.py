@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hetkd.adapter import first_tensor, tapped
-from hetkd.grid import tokens_to_map
+from hetkd.features import first_tensor, tapped, tokens_to_map
 from hetkd_adapters.generic import GenericAdapter
 from hetkd_adapters.libraries import is_tappable_timm, library
 

@@ -6,8 +6,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, HookAdapter, NoSpatialFeatures, Outputs, find_tensor, first_tensor, tapped
-from hetkd.grid import tokens_to_map, windows_to_map
+from hetkd.features import (
+    Features,
+    HookAdapter,
+    NoSpatialFeatures,
+    Outputs,
+    find_tensor,
+    first_tensor,
+    tapped,
+    tokens_to_map,
+    windows_to_map,
+)
 from hetkd_adapters.libraries import is_tappable_timm, run_timm, timm_stage_names
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, class_and_distillation_logits, find_classifier, tapped
+from hetkd.features import Features, class_and_distillation_logits, find_classifier, tapped
 
 
 def library(model: nn.Module) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import HookAdapter
+from hetkd.features import HookAdapter
 from hetkd_adapters.libraries import library
 
 

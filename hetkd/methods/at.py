@@ -1,14 +1,15 @@
 """AT: where the teacher looks (arXiv 1612.03928)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetkd.adapter import StagePair
-from hetkd.grid import common_grid, to_grid
-from hetkd.methods.base import register_method
-from hetkd.methods.feature import FeatureMethod
+from hetkd.features.adapter import StagePair
+from hetkd.features.grid import common_grid, to_grid
+from hetkd.methods.common.method import register_method
+from hetkd.methods.common.stagewise import FeatureMethod
 
 
 @register_method("at")
@@ -26,10 +27,7 @@ class AT(FeatureMethod):
 
     Args:
         feature_weight: Weight of the features' loss; the authors' is 1000.
-        stage_weights: ``None``: 1 each; one number a stage pair, or ``"learnt"``.
-        ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of the KL divergence between logits; 0 in the published comparisons.
-        temperature: Of the KL divergence.
+        **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
 
     Raises:
         ValueError: If a stage pair meets on a grid of one pixel.
@@ -42,18 +40,9 @@ class AT(FeatureMethod):
         self,
         *,
         feature_weight: float = 1000.0,
-        stage_weights: Sequence[float] | str | None = None,
-        ce_weight: float = 1.0,
-        kd_weight: float = 0.0,
-        temperature: float = 1.0,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            feature_weight=feature_weight,
-            stage_weights=stage_weights,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            temperature=temperature,
-        )
+        super().__init__(feature_weight=feature_weight, **common)
 
     def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
         """Returns the pairs that meet on more than one pixel; see `Method.automatic_pairs`."""
@@ -74,7 +63,7 @@ class AT(FeatureMethod):
                     "pixel: use other stages or a larger input_size."
                 )
 
-    def describe(self, index: int) -> str:
+    def describe_pair(self, index: int) -> str:
         """Returns the grid of stage pair ``index``."""
         return "attention on {} x {}".format(*self._grids[index])
 

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.adapter import StagePair
-from hetkd.methods.base import positive, register_method, whole_number
-from hetkd.methods.feature import PooledMethod, count_parameters
-from hetkd.names import choice
+from hetkd.features.adapter import StagePair
+from hetkd.methods.common.method import register_method
+from hetkd.methods.common.stagewise import PooledMethod
+from hetkd.utils.checks import choice, positive, whole_number
 
 
 @register_method("cc")
@@ -38,12 +39,10 @@ class CC(PooledMethod):
         width: Numbers compared an image, of ``"neighbours"``.
         gamma: Of the kernel.
         order: P, of the kernel.
-        ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of the KL divergence between logits; 0 in the published comparisons.
-        temperature: Of the KL divergence.
+        **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 
-    batch_is_local = True
+    batch_statistics = "process"
     term = "cc"
 
     def __init__(
@@ -54,13 +53,9 @@ class CC(PooledMethod):
         width: int = 128,
         gamma: float = 0.4,
         order: int = 2,
-        ce_weight: float = 1.0,
-        kd_weight: float = 0.0,
-        temperature: float = 1.0,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            feature_weight=feature_weight, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature
-        )
+        super().__init__(feature_weight=feature_weight, **common)
         self.form = choice("form", form, ["neighbours", "kernel"])
         self.width = whole_number("width", width)
         self.gamma = positive("gamma", gamma)
@@ -73,13 +68,9 @@ class CC(PooledMethod):
         self.embed_student = nn.ModuleList(nn.Linear(p.student.channels, self.width) for p in learnt)
         self.embed_teacher = nn.ModuleList(nn.Linear(p.teacher.channels, self.width) for p in learnt)
 
-    def describe(self, index: int) -> str:
+    def describe_pair(self, index: int) -> str:
         """Returns the form."""
         return f"correlation, {self.form}"
-
-    def added_parameters(self, index: int) -> int:
-        """Returns the parameters of the linear maps of stage pair ``index``."""
-        return count_parameters(*self.embed_student[index : index + 1], *self.embed_teacher[index : index + 1])
 
     def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the loss of this form; see `PooledMethod.compare_vectors`."""

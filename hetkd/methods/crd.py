@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.adapter import StagePair
-from hetkd.distributed import gather_over_processes, world_size
-from hetkd.methods.base import positive, register_method, whole_number
-from hetkd.methods.feature import PooledMethod, count_parameters
+from hetkd.features.adapter import StagePair
+from hetkd.methods.common.method import register_method
+from hetkd.methods.common.stagewise import PooledMethod
+from hetkd.utils.checks import positive, whole_number
+from hetkd.utils.distributed import gather_over_processes, world_size
 
 
 @register_method("crd")
@@ -36,9 +38,7 @@ class CRD(PooledMethod):
         width: Numbers compared an image.
         contrast_temperature: :math:`\tau`.
         feature_weight: Weight of the features' loss; 0.8 in the authors' runs.
-        ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of the KL divergence between logits; 0 in the published comparisons.
-        temperature: Of the KL divergence.
+        **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 
     term = "crd"
@@ -50,13 +50,9 @@ class CRD(PooledMethod):
         width: int = 128,
         contrast_temperature: float = 0.07,
         feature_weight: float = 0.8,
-        ce_weight: float = 1.0,
-        kd_weight: float = 0.0,
-        temperature: float = 1.0,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            feature_weight=feature_weight, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature
-        )
+        super().__init__(feature_weight=feature_weight, **common)
         self.negatives = whole_number("negatives", negatives)
         self.width = whole_number("width", width)
         self.contrast_temperature = positive("contrast_temperature", contrast_temperature)
@@ -68,13 +64,9 @@ class CRD(PooledMethod):
         self.embed_teacher = nn.ModuleList(nn.Linear(p.teacher.channels, self.width) for p in pairs)
         self.memories = nn.ModuleList(Memory(self.negatives, self.width, self.contrast_temperature) for _ in pairs)
 
-    def describe(self, index: int) -> str:
+    def describe_pair(self, index: int) -> str:
         """Returns the number of negatives."""
         return f"contrast, {self.negatives:,} negatives"
-
-    def added_parameters(self, index: int) -> int:
-        """Returns the parameters of the linear maps of stage pair ``index``."""
-        return count_parameters(self.embed_student[index], self.embed_teacher[index])
 
     def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the contrastive loss; see `PooledMethod.compare_vectors`."""

@@ -3,12 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetkd.adapter import Features
-from hetkd.methods.base import Method, needed_kd_weight, register_method, student_logits
+from hetkd.features.adapter import Features
+from hetkd.methods.common.method import LogitMethod, register_method, student_logits
 
 
 @register_method("deit")
-class DeiT(Method):
+class DeiT(LogitMethod):
     r"""Hard-label distillation (Touvron et al., ICML 2021, arXiv 2012.12877).
 
     .. math:: L = \tfrac12 CE(z_s, y) + \tfrac12 CE(z_d, \arg\max z_t)
@@ -26,7 +26,7 @@ class DeiT(Method):
     uses_distillation_token = True
 
     def __init__(self, *, ce_weight: float = 0.5, kd_weight: float = 0.5) -> None:
-        super().__init__(ce_weight=ce_weight, kd_weight=needed_kd_weight("deit", kd_weight))
+        super().__init__(ce_weight=ce_weight, kd_weight=kd_weight)
 
     def describe_logits(self) -> str:
         """Returns what the plan says of the logits."""

@@ -1,16 +1,18 @@
 """DIST: correlations of predictions instead of their exact match (arXiv 2205.10536)."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetkd.adapter import Features
-from hetkd.distributed import gather_over_processes
-from hetkd.methods.base import Method, needed_kd_weight, not_negative, one_positive, register_method, student_logits
-from hetkd.names import choice
+from hetkd.features.adapter import Features
+from hetkd.methods.common.method import LogitMethod, register_method, student_logits
+from hetkd.utils.checks import choice, not_negative, one_positive
+from hetkd.utils.distributed import gather_over_processes
 
 
 @register_method("dist")
-class DIST(Method):
+class DIST(LogitMethod):
     r"""Distillation from a stronger teacher (Huang et al., NeurIPS 2022, arXiv 2205.10536).
 
     Pearson's correlation r between predictions of student and teacher, over the classes of an image (inter) and over
@@ -26,9 +28,7 @@ class DIST(Method):
         gamma: Weight of the correlation over images.
         scores: ``"probabilities"``, as the authors do, or ``"logits"``: then the loss is invariant to scale and
             shift of the student's logits, and T has no effect but its square.
-        ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of both correlations together.
-        temperature: T.
+        **common: Options of `Method`; ``kd_weight`` weighs both correlations together.
     """
 
     logit_term = "dist"
@@ -39,20 +39,14 @@ class DIST(Method):
         beta: float = 1.0,
         gamma: float = 1.0,
         scores: str = "probabilities",
-        ce_weight: float = 1.0,
-        kd_weight: float = 1.0,
-        temperature: float = 1.0,
+        **common: Any,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, kd_weight=needed_kd_weight("dist", kd_weight), temperature=temperature)
+        super().__init__(**common)
         one_positive(beta=beta, gamma=gamma)
         self.beta = not_negative("beta", beta)
         self.gamma = not_negative("gamma", gamma)
+        self.batch_statistics = "all" if gamma else None
         self.scores = choice("scores", scores, ["probabilities", "logits"])
-
-    @property
-    def needs_batch(self) -> bool:
-        """True with ``gamma``: the correlation over images."""
-        return self.gamma > 0
 
     def describe_logits(self) -> str:
         """Returns what the plan says of the logits."""

@@ -1,25 +1,20 @@
 """DKD: what the teacher says of the target class and of all others, weighed apart (arXiv 2203.08679)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetkd.adapter import Features
-from hetkd.methods.base import (
-    Method,
-    needed_kd_weight,
-    not_negative,
-    one_positive,
-    register_method,
-    student_logits,
-    target_classes,
-)
+from hetkd.features.adapter import Features
+from hetkd.methods.common.method import LogitMethod, register_method, student_logits, target_classes
+from hetkd.utils.checks import not_negative, one_positive
 
 _NEVER = -1e9
 
 
 @register_method("dkd")
-class DKD(Method):
+class DKD(LogitMethod):
     r"""Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679).
 
     The KL divergence of KD is :math:`TCKD + (1 - p^t_y)\,NCKD`: a part on the probability of the target class y
@@ -34,9 +29,7 @@ class DKD(Method):
     Args:
         alpha: Weight of the part on the target class.
         beta: Weight of the part on all others.
-        ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of both parts together.
-        temperature: T.
+        **common: Options of `Method`; ``kd_weight`` weighs both parts together.
     """
 
     logit_term = "dkd"
@@ -46,11 +39,9 @@ class DKD(Method):
         *,
         alpha: float = 1.0,
         beta: float = 2.0,
-        ce_weight: float = 1.0,
-        kd_weight: float = 1.0,
-        temperature: float = 1.0,
+        **common: Any,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, kd_weight=needed_kd_weight("dkd", kd_weight), temperature=temperature)
+        super().__init__(**common)
         one_positive(alpha=alpha, beta=beta)
         self.alpha = not_negative("alpha", alpha)
         self.beta = not_negative("beta", beta)

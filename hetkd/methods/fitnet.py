@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.adapter import StagePair
-from hetkd.grid import common_grid, to_grid
-from hetkd.methods.base import register_method
-from hetkd.methods.feature import FeatureMethod, count_parameters
+from hetkd.features.adapter import StagePair
+from hetkd.features.grid import common_grid, to_grid
+from hetkd.methods.common.method import register_method
+from hetkd.methods.common.stagewise import FeatureMethod
 
 
 @register_method("fitnet")
@@ -24,11 +24,7 @@ class FitNet(FeatureMethod):
     it asks for the teacher's activations as they are.
 
     Args:
-        feature_weight: Weight of the features' loss.
-        stage_weights: ``None``: 1 each; one number a stage pair, or ``"learnt"``.
-        ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of the KL divergence between logits; 0 in the published comparisons.
-        temperature: Of the KL divergence.
+        **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 
     term = "fitnet"
@@ -40,13 +36,9 @@ class FitNet(FeatureMethod):
         self._grids = [common_grid(p.teacher.grid, p.student.grid, 1) for p in pairs]
         self.project = nn.ModuleList(nn.Conv2d(p.student.channels, p.teacher.channels, 1, bias=False) for p in pairs)
 
-    def describe(self, index: int) -> str:
+    def describe_pair(self, index: int) -> str:
         """Returns the grid of stage pair ``index``."""
         return "mse on {} x {}".format(*self._grids[index])
-
-    def added_parameters(self, index: int) -> int:
-        """Returns the parameters of the convolution of stage pair ``index``."""
-        return count_parameters(self.project[index])
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Returns the teacher's map ``[B, C_t, *grid]``."""

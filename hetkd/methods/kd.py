@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from hetkd.adapter import Features
-from hetkd.methods.base import Method, Targets, needed_kd_weight, register_method
+from hetkd.features.adapter import Features
+from hetkd.methods.common.method import LogitMethod, Method, Targets, register_method
 
 
 @register_method("ce")
@@ -29,16 +29,12 @@ class CE(Method):
 
 
 @register_method("kd")
-class KD(Method):
+class KD(LogitMethod):
     r"""Knowledge distillation by logits (Hinton, Vinyals, Dean; arXiv 1503.02531).
 
     .. math:: L = w_{ce}\,CE(z_s, y) + w_{kd}\,T^2\,KL(\sigma(z_t / T) \,\|\, \sigma(z_s / T))
 
     Args:
-        ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of the KL divergence.
-        temperature: T; 1 is the setting of the heterogeneous-distillation literature (OFA-KD, arXiv 2310.19444).
+        **common: Options of `Method`; a ``temperature`` of 1 is the setting of the heterogeneous-distillation
+            literature (OFA-KD, arXiv 2310.19444).
     """
-
-    def __init__(self, *, ce_weight: float = 1.0, kd_weight: float = 1.0, temperature: float = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight, kd_weight=needed_kd_weight("kd", kd_weight), temperature=temperature)

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, Stage, StagePair
-from hetkd.methods.base import Targets, positive, register_method, student_logits, target_classes
-from hetkd.methods.feature import FeatureMethod, count_parameters
+from hetkd.features.adapter import Features, Stage, StagePair
+from hetkd.methods.common.method import Targets, register_method, student_logits, target_classes
+from hetkd.methods.common.stagewise import FeatureMethod
+from hetkd.utils.checks import positive
 
 
 @register_method("ofa")
@@ -30,36 +32,23 @@ class OFA(FeatureMethod):
 
     Args:
         gamma: g, of all exits and the logits.
-        feature_weight: Weight of the exits' losses; 0.1 for CIFAR-100 in the authors' runs.
-        stage_weights: ``None``: 1 each; one number a stage, or ``"learnt"``.
-        ce_weight: Weight of the cross-entropy with the labels.
         kd_weight: Weight of the loss on the final logits.
-        temperature: Of all these losses.
+        **common: Options of `StagewiseMethod`; the authors' ``feature_weight`` for CIFAR-100 is 0.1.
     """
 
-    batch_is_local = True
+    batch_statistics = "process"
     term = "ofa"
     logit_term = "ofa"
     stages_share_weight = False
-    uses_teacher_maps = False
 
     def __init__(
         self,
         *,
         gamma: float = 1.0,
-        feature_weight: float = 1.0,
-        stage_weights: Sequence[float] | str | None = None,
-        ce_weight: float = 1.0,
         kd_weight: float = 1.0,
-        temperature: float = 1.0,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            feature_weight=feature_weight,
-            stage_weights=stage_weights,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            temperature=temperature,
-        )
+        super().__init__(kd_weight=kd_weight, **common)
         self.gamma = positive("gamma", gamma)
 
     @property
@@ -67,10 +56,9 @@ class OFA(FeatureMethod):
         """True: they are what every exit learns from."""
         return True
 
-    @property
-    def needs_batch(self) -> bool:
-        """True: the exits have batch norms, and may end on one pixel."""
-        return True
+    def teacher_stages(self) -> list[str]:
+        """Return none: the teacher's features are not used."""
+        return []
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the exits for these student stages; see `Method.bind`.
@@ -94,17 +82,13 @@ class OFA(FeatureMethod):
             )
         self.exits = nn.ModuleList(exits)
 
-    def describe(self, index: int) -> str:
+    def describe_pair(self, index: int) -> str:
         """Returns what is compared."""
         return "exit to logits"
 
     def describe_logits(self) -> str:
         """Returns what the plan says of the logits."""
-        return f"target class enhanced, g = {self.gamma:g}, T = {self.temperature:g}"
-
-    def added_parameters(self, index: int) -> int:
-        """Returns the parameters of the exit of stage ``index``."""
-        return count_parameters(self.exits[index])
+        return f"target class enhanced, g = {self.gamma:g}, T = {self.temperature:g}" if self.kd_weight else ""
 
     def target_of(self, index: int, targets: Targets) -> Tensor:
         """Returns the teacher's logits."""

@@ -1,11 +1,14 @@
 """RKD: distances and angles between images (arXiv 1904.05068)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetkd.methods.base import not_negative, one_positive, register_method
-from hetkd.methods.feature import PooledMethod
+from hetkd.methods.common.method import register_method
+from hetkd.methods.common.stagewise import PooledMethod
+from hetkd.utils.checks import not_negative, one_positive
 
 
 @register_method("rkd")
@@ -25,12 +28,10 @@ class RKD(PooledMethod):
         distance_weight: :math:`w_d`.
         angle_weight: :math:`w_a`.
         feature_weight: :math:`w_f`, of both.
-        ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of the KL divergence between logits; 0 in the published comparisons.
-        temperature: Of the KL divergence.
+        **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 
-    batch_is_local = True
+    batch_statistics = "process"
     term = "rkd"
 
     def __init__(
@@ -39,18 +40,14 @@ class RKD(PooledMethod):
         distance_weight: float = 25.0,
         angle_weight: float = 50.0,
         feature_weight: float = 1.0,
-        ce_weight: float = 1.0,
-        kd_weight: float = 0.0,
-        temperature: float = 1.0,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            feature_weight=feature_weight, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature
-        )
+        super().__init__(feature_weight=feature_weight, **common)
         one_positive(distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight = not_negative("distance_weight", distance_weight)
         self.angle_weight = not_negative("angle_weight", angle_weight)
 
-    def describe(self, index: int) -> str:
+    def describe_pair(self, index: int) -> str:
         """Returns what is compared."""
         return "distances and angles"
 

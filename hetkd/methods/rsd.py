@@ -1,15 +1,17 @@
 """RSD: redundancy suppression between architectures (arXiv 2507.21844)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import StagePair
-from hetkd.distributed import sum_over_processes, world_size
-from hetkd.methods.base import not_negative, register_method, whole_number
-from hetkd.methods.feature import PooledMethod, count_parameters
-from hetkd.methods.matching import TARGET_EPS, standardize_batch
+from hetkd.features.adapter import StagePair
+from hetkd.methods.common.method import register_method
+from hetkd.methods.common.stagewise import PooledMethod
+from hetkd.methods.common.statistics import TARGET_EPS, standardize_batch
+from hetkd.utils.checks import not_negative, whole_number
+from hetkd.utils.distributed import sum_over_processes, world_size
 
 
 @register_method("rsd")
@@ -27,12 +29,10 @@ class RSD(PooledMethod):
         feature_weight: Weight of the features' loss.
         decorrelation: :math:`\kappa`, weight of the correlations between different dimensions.
         expansion: Width of the projector's middle, in widths of the student.
-        ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of the KL divergence between logits; the authors use none.
-        temperature: Of the KL divergence.
+        **common: Options of `StagewiseMethod`; the authors use no ``kd_weight``.
     """
 
-    batch_is_local = True
+    batch_statistics = "process"
     term = "rsd"
 
     def __init__(
@@ -41,13 +41,9 @@ class RSD(PooledMethod):
         feature_weight: float = 0.1,
         decorrelation: float = 0.01,
         expansion: int = 2,
-        ce_weight: float = 1.0,
-        kd_weight: float = 0.0,
-        temperature: float = 1.0,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            feature_weight=feature_weight, ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature
-        )
+        super().__init__(feature_weight=feature_weight, **common)
         self.decorrelation = not_negative("decorrelation", decorrelation)
         self.expansion = whole_number("expansion", expansion)
 
@@ -65,13 +61,9 @@ class RSD(PooledMethod):
             nn.Linear(middle, width, bias=False),
         )
 
-    def describe(self, index: int) -> str:
+    def describe_pair(self, index: int) -> str:
         """Returns what is compared."""
         return "cross-correlation"
-
-    def added_parameters(self, index: int) -> int:
-        """Returns the parameters of the projector of stage pair ``index``."""
-        return count_parameters(self.project[index])
 
     def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         """Returns the distance of the cross-correlation from the identity; see `PooledMethod.compare_vectors`."""

@@ -5,18 +5,19 @@ Only the paper's abstract is public knowledge here; the internals are this proje
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Stage, StagePair
-from hetkd.grid import to_grid
-from hetkd.methods.base import register_method, whole_number
-from hetkd.methods.feature import StagewiseMethod, count_parameters, kept_frequencies
-from hetkd.methods.linear import LinearMap, mix_channels
-from hetkd.methods.matching import ChannelReduction, squared_errors, standardize_sample, weights_side_by_side
-from hetkd.names import choice
+from hetkd.features.adapter import Stage, StagePair
+from hetkd.features.grid import to_grid
+from hetkd.methods.common.linear import LinearMap, mix_channels
+from hetkd.methods.common.method import register_method
+from hetkd.methods.common.stagewise import StagewiseMethod, kept_frequencies
+from hetkd.methods.common.statistics import ChannelReduction, squared_errors, standardize_sample, weights_side_by_side
 from hetkd.spectral import amplitude, half_plane_window, low_frequencies
+from hetkd.utils.checks import choice, whole_number
 
 _COMPRESSIONS: dict[str, Callable[[Tensor], Tensor]] = {"log": torch.log1p, "power": torch.sqrt}
 
@@ -39,7 +40,6 @@ class UHKD(StagewiseMethod):
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages.
-        stage_weights: ``None`` (all alike, in all 1), one number a stage pair, or ``"learnt"``.
         grid: Most pixels a side of the student's map in FAM, or ``keep`` where that is more.
         keep: K, frequencies kept per axis; ``None``: 5, or fewer on a smaller grid.
         spectrum: ``"complex"``: real and imaginary parts; ``"amplitude"``: invariant to circular shifts.
@@ -49,9 +49,9 @@ class UHKD(StagewiseMethod):
             processes) or ``"sample"`` (each sample by its own energy).
         width: Most channels to compare; the teacher's further ones go through a fixed orthonormal map.
         reduction: That map: ``"orthogonal"`` or ``"pca"`` (fitted on the first batch).
-        ce_weight: Weight of the cross-entropy with the labels.
         kd_weight: Weight of the KL divergence between logits; 0 for a teacher without a classifier.
-        temperature: Of the KL divergence.
+        temperature: T of the KL divergence.
+        **common: ``stage_weights`` and ``ce_weight`` of `StagewiseMethod`.
 
     Raises:
         ValueError: If an option is out of range, or a stage's grid is too small for ``keep``.
@@ -63,7 +63,6 @@ class UHKD(StagewiseMethod):
         self,
         *,
         feature_weight: float = 100.0,
-        stage_weights: Sequence[float] | str | None = None,
         grid: int = 8,
         keep: int | None = None,
         spectrum: str = "complex",
@@ -71,29 +70,19 @@ class UHKD(StagewiseMethod):
         normalize: str = "batch",
         width: int = 256,
         reduction: str = "orthogonal",
-        ce_weight: float = 1.0,
         kd_weight: float = 1.0,
         temperature: float = 4.0,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            feature_weight=feature_weight,
-            stage_weights=stage_weights,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            temperature=temperature,
-        )
+        super().__init__(feature_weight=feature_weight, kd_weight=kd_weight, temperature=temperature, **common)
         self.grid = whole_number("grid", grid)
         self.keep = None if keep is None else whole_number("keep", keep)
         self.spectrum = choice("spectrum", spectrum, ["complex", "amplitude"])
         self.compression = choice("compression", compression, ["none", *_COMPRESSIONS])
         self.normalize = choice("normalize", normalize, ["batch", "sample"])
+        self.batch_statistics = "all" if normalize == "batch" else None
         self.width = whole_number("width", width)
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
-
-    @property
-    def needs_batch(self) -> bool:
-        """True with ``normalize="batch"``."""
-        return self.normalize == "batch"
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes the alignment modules for these stage pairs; see `Method.bind`.
@@ -115,13 +104,9 @@ class UHKD(StagewiseMethod):
         windows = [half_plane_window((keep, keep), keep, float("inf")) for keep in self._keeps]
         self.register_buffer("weight", weights_side_by_side(windows, widths), persistent=False)
 
-    def describe(self, index: int) -> str:
+    def describe_pair(self, index: int) -> str:
         """Returns the kept frequencies of stage pair ``index``."""
         return f"{self._keeps[index]} x {self._keeps[index]} frequencies"
-
-    def added_parameters(self, index: int) -> int:
-        """Returns the parameters of the alignment module of stage pair ``index``."""
-        return count_parameters(self.align[index])
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Returns the teacher's compressed spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""

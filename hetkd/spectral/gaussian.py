@@ -34,9 +34,7 @@ def gaussian_window(
     Raises:
         ValueError: If ``sigma`` is negative or not a number.
     """
-    rows, columns = (
-        _axis_weights(frequencies(size), size, sigma).to(device=device, dtype=dtype) for size in (height, width)
-    )
+    rows, columns = (_axis_weights(size, size, sigma).to(device=device, dtype=dtype) for size in (height, width))
     return torch.outer(rows, columns)
 
 
@@ -54,17 +52,22 @@ def half_plane_window(grid: tuple[int, int], keep: int, sigma: float) -> Tensor:
     Returns:
         ``[K, K // 2 + 1]`` in float32.
     """
-    rows = _axis_weights(frequencies(keep), grid[0], sigma)
-    columns = _axis_weights(frequencies(keep, half=True), grid[1], sigma)
+    rows, half = _axis_weights(keep, grid[0], sigma), keep // 2
+    columns = _axis_weights(2 * half + 1, grid[1], sigma)[half:]
     paired = torch.tensor([1.0 if v in (0, keep / 2) else 2.0 for v in frequencies(keep, half=True)])
     return torch.outer(rows, columns * paired).float()
 
 
-def _axis_weights(frequency: list[int], size: int, sigma: float) -> Tensor:
+def _axis_weights(count: int, size: int, sigma: float) -> Tensor:
+    """Return the weights of the ``count`` lowest frequencies of an axis of ``size`` pixels, in their order."""
+    from kornia.filters.kernels import gaussian
+
     if not sigma >= 0:
         raise ValueError(f"sigma={sigma} must be 0 (the mean only), positive, or math.inf (no filter).")
-    f = torch.tensor(frequency, dtype=torch.float64)
-    return (f == 0).double() if sigma == 0 else torch.exp(-((f / (size / 2)) ** 2) / (2 * sigma**2))
+    # kornia centres an even kernel between two samples; here it peaks at zero frequency.
+    peak = count // 2 + (0.5 if count % 2 == 0 else 0.0)
+    kernel: Tensor = gaussian(count, sigma * size / 2, mean=peak, dtype=torch.float64)[0]
+    return kernel / kernel.max()
 
 
 class GaussianWindow(nn.Module):

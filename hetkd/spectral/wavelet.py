@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.names import unknown_name
 from hetkd.spectral.precision import at_least_float32, constant_when_compiled, full_precision, separable
+from hetkd.utils.checks import unknown_name
 
 
 class Bands(NamedTuple):

@@ -1,7 +1,8 @@
 """Training with Hugging Face Accelerate: the loop, data, evaluation, checkpoints."""
 
-from hetkd.training.loop import FitResult, fit
+from hetkd.training.fit import fit
 from hetkd.training.options import TrainingOptions
+from hetkd.training.run import FitResult
 from hetkd.training.terms import TrainingDiverged
 
 __all__ = ["FitResult", "TrainingDiverged", "TrainingOptions", "fit"]

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hetkd.files import checksum, sync_folder, write_atomically, write_json
-from hetkd.models import save_model
+from hetkd.models.weights import save_model
+from hetkd.utils.files import checksum, sync_folder, write_atomically, write_json
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"

@@ -1,44 +1,40 @@
 """Evaluation of a student: every image counts once, in however many processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hetkd.adapter import eval_mode
-from hetkd.inputs import check_images, check_labels
-from hetkd.training.data import has_labels, images_and_labels, make_loader
-
-if TYPE_CHECKING:
-    from hetkd.distiller import Distiller
+from hetkd.data.images import has_labels, images_and_labels, make_loader
+from hetkd.distillation import Distillation
+from hetkd.features.hooks import eval_mode
+from hetkd.models.inputs import check_images, check_labels
 
 WITHOUT_LABELS = "val has images without labels, which say nothing of accuracy: leave val out."
 
 
-def evaluate(distiller: Distiller, data: Any, *, batch_size: int) -> dict[str, float]:
+def evaluate(distillation: Distillation, data: Any, *, batch_size: int) -> dict[str, float]:
     """Evaluates the student of a distiller on the device where it is; see `hetkd.Distiller.evaluate`."""
-    loader = eval_loader(distiller, data, batch_size, num_workers=0)
-    device = next(distiller.student.parameters()).device
-    return measure(distiller, distiller.student, loader, device)
+    loader = eval_loader(distillation, data, batch_size, num_workers=0)
+    device = next(distillation.student.parameters()).device
+    return measure(distillation, distillation.student, loader, device)
 
 
-def eval_loader(distiller: Distiller, data: Any, batch_size: int, num_workers: int) -> Iterable[Any]:
+def eval_loader(distillation: Distillation, data: Any, batch_size: int, num_workers: int) -> Iterable[Any]:
     """Makes a loader in the order of the data, with every image.
 
     Raises:
         ValueError: If the student has no classifier, or the data no labels.
     """
-    if distiller.classes is None:
+    if distillation.classes is None:
         raise ValueError(
             "the student has no classifier to evaluate: leave val out, or give it one with num_classes=..."
         )
-    spec, size = distiller.student_inputs.spec, distiller.student_inputs.size
+    spec, size = distillation.student_inputs.spec, distillation.student_inputs.size
     loader = make_loader(
         data,
         what="val",
@@ -54,12 +50,12 @@ def eval_loader(distiller: Distiller, data: Any, batch_size: int, num_workers: i
 
 
 def measure(
-    distiller: Distiller, model: nn.Module, loader: Iterable[Any], device: torch.device, accelerator: Any = None
+    distillation: Distillation, model: nn.Module, loader: Iterable[Any], device: torch.device, accelerator: Any = None
 ) -> dict[str, float]:
     """Measures accuracy and cross-entropy of ``model``, a module of the student's architecture.
 
     Args:
-        distiller: Knows the student's input transform and what images to expect.
+        distillation: Knows the student's input transform and what images to expect.
         model: The student, or the average of its weights.
         loader: Of images and labels.
         device: Where to compute.
@@ -74,7 +70,7 @@ def measure(
     """
     from torchmetrics import MeanMetric
 
-    classes = distiller.classes
+    classes = distillation.classes
     assert classes is not None, "eval_loader has looked"
     shared_out = isinstance(loader, DataLoader)
     own_share = accelerator is not None and not shared_out
@@ -92,13 +88,13 @@ def measure(
                 raise ValueError(f"val needs class indices [B] as labels, got shape {list(labels.shape)}.")
             check_images(
                 images,
-                distiller.student_inputs.spec.channels,
+                distillation.student_inputs.spec.channels,
                 look_at_values=seen == 0,
-                normalized=distiller.normalized,
+                normalized=distillation.normalized,
             )
             check_labels(labels, len(images), classes, look_at_values=True)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            logits = distiller.predict(images, model).float()
+            logits = distillation.predict(images, model).float()
             if accelerator is not None and shared_out:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
             seen += len(labels)

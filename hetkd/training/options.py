@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hetkd.methods.base import check_option_names, not_negative, positive
-from hetkd.names import choice, unknown_name
+from hetkd.data.augment import PRESETS
+from hetkd.utils.checks import check_option_names, choice, not_negative, positive, unknown_name
 
 LEARNING_RATES = {"sgd": 0.05, "adamw": 1e-3, "lamb": 5e-3}
 
@@ -36,8 +36,9 @@ class TrainingOptions:
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
         label_smoothing: Of the hard labels; the teacher's part is left as it is.
-        augment: A function on a batch of images ``[B, C, H, W]`` in [0, 1], run on the training
-            device: for example a ``kornia.augmentation.AugmentationSequential``.
+        augment: Augmentation of batches on the training device: ``"light"`` (shift and flip) or ``"strong"`` (also
+            RandAugment and erasing), presets of kornia (`hetkd.data.augment.Augmentation`), or any function of images
+            ``[B, C, H, W]`` in [0, 1], for example a ``kornia.augmentation.AugmentationSequential``.
         num_workers: Processes that load data that is not a loader.
         unreadable: What an image file of ``train`` that cannot be read does: ``"error"`` ends the run with its path,
             ``"skip"`` puts the next image in its place, and counts and names it at the end of the epoch.
@@ -58,9 +59,6 @@ class TrainingOptions:
         teacher_placement: ``"device"``; ``"sharded"`` over all processes, or ``"offloaded"`` to main memory, for
             teachers that do not fit: their blocks come to the device one after another as they run. They stay so.
         compile: Call `hetkd.Distiller.compile` before the first step.
-        keep_memory: On a CPU: memory that a step frees stays with the process until the epoch ends, which makes
-            steps faster and takes more of it. No effect without glibc, nor where the environment sets when memory is
-            given back (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_MAX_``, ... or ``GLIBC_TUNABLES``).
     """
 
     batch_size: int = 64
@@ -81,7 +79,7 @@ class TrainingOptions:
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.0
-    augment: Callable[[Tensor], Tensor] | None = None
+    augment: str | Callable[[Tensor], Tensor] | None = None
     num_workers: int = 0
     unreadable: str = "error"
     seed: int = 0
@@ -97,7 +95,6 @@ class TrainingOptions:
     returns: int = 0
     teacher_placement: str = "device"
     compile: bool = False
-    keep_memory: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "log_every", "keep_last", "checkpoint_steps"):
@@ -127,8 +124,10 @@ class TrainingOptions:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be at least 0 and less than 1.")
         if self.mixed_precision is not None:
             choice("mixed_precision", self.mixed_precision, ["no", "bf16", "fp16"])
-        if self.augment is not None and not callable(self.augment):
-            raise TypeError(f"augment must be a function on a batch of images, got {self.augment!r}.")
+        if isinstance(self.augment, str):
+            choice("augment", self.augment, PRESETS)
+        elif self.augment is not None and not callable(self.augment):
+            raise TypeError(f"augment must be 'light', 'strong' or a function of a batch, got {self.augment!r}.")
         self._check_optimizer()
 
     def _check_trackers(self) -> None:
@@ -173,7 +172,7 @@ class TrainingOptions:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             **values,
-            "augment": None if self.augment is None else repr(self.augment),
+            "augment": repr(self.augment) if callable(self.augment) else self.augment,
             "trackers": [str(tracker) for tracker in self.trackers],
             "teacher_cache": None if self.teacher_cache is None else str(self.teacher_cache),
         }

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from hetkd.distributed import largest_of_processes
+from hetkd.utils.distributed import largest_of_processes
 
 SIGNALS = ("SIGUSR1", "SIGTERM", "SIGINT")
 """Those that are heeded; of several in several processes the last of these counts."""

@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hetkd.distributed import largest_of_processes
 from hetkd.training.checkpoint import CHECKPOINTS, RunFolder
+from hetkd.training.run import EpochPart
+from hetkd.training.sharding import local_part
+from hetkd.utils.distributed import largest_of_processes
 
 
 class TrainingDiverged(RuntimeError):
@@ -17,21 +19,18 @@ class Terms:
     """Collects loss terms on the device, and reads them now and then so that no step waits for it.
 
     Args:
-        folder: Of the run, for the message when it diverges.
-        names: Of the terms of the steps of this epoch that are done already, if any.
-        sums: Their sums over these steps.
-        count: The number of these steps.
+        part: Keeps their names, sums and count.
+        folder: The run's, for the message when it diverges.
     """
 
-    def __init__(self, folder: RunFolder | None, names: list[str], sums: Tensor | None, count: int) -> None:
-        self.folder, self.names = folder, names
+    def __init__(self, part: EpochPart, folder: RunFolder | None) -> None:
+        self.part, self.folder = part, folder
         self.newest: dict[str, float] = {}
         self.pending: list[tuple[int, int, Tensor]] = []
-        self.sums, self.count = sums, count
 
     def add(self, epoch: int, step: int, terms: dict[str, Tensor]) -> None:
         """Takes the terms of one step; nothing waits for them yet."""
-        self.names = list(terms)
+        self.part.names = list(terms)
         self.pending.append((epoch, step, torch.stack([term.detach().float() for term in terms.values()])))
 
     def read(self) -> dict[str, float]:
@@ -45,9 +44,9 @@ class Terms:
             values = stacked.cpu().double()
             self._check(values, stacked.device)
             for row in values:  # one by one, so that it does not matter when they are read
-                self.sums = row.clone() if self.sums is None else self.sums + row
-            self.count += len(values)
-            self.newest = dict(zip(self.names, values[-1].tolist(), strict=True))
+                self.part.sums = row.clone() if self.part.sums is None else self.part.sums + row
+            self.part.count += len(values)
+            self.newest = dict(zip(self.part.names, values[-1].tolist(), strict=True))
             self.pending = []
         return self.newest
 
@@ -57,7 +56,7 @@ class Terms:
             return
         row, column = bad[0].tolist() if len(bad) else (0, 0)
         epoch, step, _ = self.pending[row]
-        what = f"the loss term {self.names[column]!r} is {values[row, column].item()}"
+        what = f"the loss term {self.part.names[column]!r} is {values[row, column].item()}"
         if not len(bad):
             what = "a loss term of another process is NaN or Inf"
         kept = "" if self.folder is None else f" The last good checkpoint is in {self.folder.path / CHECKPOINTS}."
@@ -67,6 +66,22 @@ class Terms:
 
     def means(self, accelerator: Any) -> dict[str, float]:
         """Returns the means of the terms over the epoch and all processes."""
-        assert self.sums is not None, "read comes first"
-        means = accelerator.reduce((self.sums / self.count).float().to(accelerator.device), "mean")
-        return dict(zip(self.names, means.tolist(), strict=True))
+        part = self.part
+        assert part.sums is not None, "read comes first"
+        means = accelerator.reduce((part.sums / part.count).float().to(accelerator.device), "mean")
+        return dict(zip(part.names, means.tolist(), strict=True))
+
+
+def refuse_broken_weights(distillation: nn.Module, epoch: int, device: torch.device) -> None:
+    """Keep weights that are NaN or Inf out of checkpoints and evaluations; all processes take part.
+
+    Raises:
+        TrainingDiverged: If there is one in any process.
+    """
+    named = distillation.named_parameters()
+    broken = next((repr(name) for name, parameter in named if not local_part(parameter).isfinite().all()), None)
+    if largest_of_processes(int(broken is not None), device):
+        raise TrainingDiverged(
+            f"the weight {broken or 'of another process'} became NaN or Inf in epoch {epoch + 1}: try a lower lr "
+            "or clip_grad=1.0."
+        )

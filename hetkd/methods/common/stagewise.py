@@ -2,15 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, StagePair
-from hetkd.methods.base import Method, Targets, positive
-from hetkd.names import unknown_name
+from hetkd.features.adapter import Features, StagePair
+from hetkd.methods.common.method import Method, Targets
 from hetkd.spectral.precision import at_least_float32
+from hetkd.utils.checks import positive, unknown_name
 
 
 class StagewiseMethod(Method):
@@ -20,16 +20,15 @@ class StagewiseMethod(Method):
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages by ``stage_weights``.
-        stage_weights: ``None``: all alike, in all 1 (where ``stages_share_weight``) or each 1.
-            A sequence: the weights as given, one a stage pair, in all as given.
-            ``"learnt"``: starting alike and learnt by uncertainty (Kendall et al., arXiv 1705.07115).
-        ce_weight: See `Method`.
-        kd_weight: See `Method`.
-        temperature: See `Method`.
+        stage_weights: ``None``: equal weights, with sum 1 (where ``stages_share_weight``) or 1 each.
+            A sequence: one weight a stage pair, as given.
+            ``"learnt"``: equal at the start and learnt by uncertainty (Kendall et al., arXiv 1705.07115).
+        kd_weight: See `Method`; 0 by default.
+        **common: ``ce_weight`` and ``temperature`` of `Method`.
 
     Attributes:
-        stages_share_weight: Whether the stages' weights are by default 1 in all, or each 1.
-        term: The name of the method's terms.
+        stages_share_weight: Whether the default weights of the stages sum to 1, or are 1 each.
+        term: Name of the method's terms.
     """
 
     automatic_stages: ClassVar[int] = 4
@@ -41,21 +40,20 @@ class StagewiseMethod(Method):
         *,
         feature_weight: float = 1.0,
         stage_weights: Sequence[float] | str | None = None,
-        ce_weight: float = 1.0,
         kd_weight: float = 0.0,
-        temperature: float = 1.0,
+        **common: Any,
     ) -> None:
-        super().__init__(ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature)
+        super().__init__(kd_weight=kd_weight, **common)
         self.feature_weight = positive("feature_weight", feature_weight)
         if isinstance(stage_weights, str) and stage_weights != "learnt":
             raise unknown_name("stage_weights", stage_weights, ["learnt"])
         self.stage_weights = stage_weights
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Makes the parameters for these stage pairs; see `Method.bind`.
+        """Make the parameters for these stage pairs; see `Method.bind`.
 
         Raises:
-            ValueError: If there are no pairs, or as many weights as pairs are not given.
+            ValueError: If there are no pairs, or the number of weights is another than that of the pairs.
         """
         super().bind(pairs)
         if not pairs:
@@ -79,8 +77,13 @@ class StagewiseMethod(Method):
         between = "" if len(of_student) == 1 else f"{pair.teacher.name}-"
         return f"{self.term}.{between}{pair.student.name}"
 
+    def added_parameters(self, index: int) -> int:
+        """Return the parameters of the entries ``index`` of the method's module lists with one entry a stage pair."""
+        lists = [x for x in self.children() if isinstance(x, nn.ModuleList) and len(x) == len(self.pairs or ())]
+        return count_parameters(*(entries[index] for entries in lists))
+
     def feature_terms(self, student: Features, targets: Targets, labels: Tensor | None) -> dict[str, Tensor]:
-        """Returns one weighted term a stage pair, named after the student's stage."""
+        """Return one weighted term a stage pair, named after the student's stage."""
         assert self.pairs is not None, "bind comes first"
         with torch.autocast(student.maps[0].device.type, enabled=False):
             maps = [at_least_float32(x) for x in student.maps]
@@ -92,26 +95,17 @@ class StagewiseMethod(Method):
             terms[self._names[index]] = self.feature_weight * self._weights[index] * loss
         return terms
 
-    def encode_map(self, index: int, x: Tensor) -> Tensor:
-        """Turns the teacher's map of stage pair ``index`` into its target, in float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.encode_stage(index, at_least_float32(x))
-
     def target_of(self, index: int, targets: Targets) -> Tensor:
-        """Returns what stage pair ``index`` of the student learns from."""
+        """Return the target of stage pair ``index``."""
         return targets[f"stage{index}"]
-
-    def encode_stage(self, index: int, x: Tensor) -> Tensor:
-        """Turns the teacher's map ``[B, C_t, h, w]`` (float32, autocast off) into a target; here it stays as it is."""
-        return x
 
     @abstractmethod
     def compare_all(self, maps: list[Tensor], targets: list[Tensor], labels: Tensor | None) -> list[Tensor]:
-        """Returns the loss of each stage pair.
+        """Return the loss of each stage pair.
 
         Args:
-            maps: The student's ``[B, C_s, h, w]`` of each pair (float32, autocast off).
-            targets: What `encode_stage` returned of each pair for the same images.
+            maps: The student's map ``[B, C_s, h, w]`` of each pair (float32, autocast off).
+            targets: The result of `encode_stage` for each pair and the same images.
             labels: As for `Method.forward`.
         """
 
@@ -120,60 +114,56 @@ class FeatureMethod(StagewiseMethod):
     """Base of methods that compare one stage pair after the other; arguments as of `StagewiseMethod`."""
 
     def compare_all(self, maps: list[Tensor], targets: list[Tensor], labels: Tensor | None) -> list[Tensor]:
-        """Returns `compare` of each stage pair; see `StagewiseMethod.compare_all`."""
+        """Return `compare` of each stage pair; see `StagewiseMethod.compare_all`."""
         parts = zip(maps, targets, strict=True)
         return [self.compare(index, x, target, labels) for index, (x, target) in enumerate(parts)]
 
     @abstractmethod
     def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the loss of stage pair ``index``.
+        """Return the loss of stage pair ``index``.
 
         Args:
-            index: Of the stage pair.
+            index: Number of the stage pair.
             x: The student's map ``[B, C_s, h, w]`` (float32, autocast off).
-            target: What `encode_stage` returned for the same images.
+            target: The result of `encode_stage` for the same images.
             labels: As for `Method.forward`.
         """
 
 
 class PooledMethod(FeatureMethod):
-    """Base of methods that compare one vector an image: what stands before the classifiers, or stages averaged."""
+    """Base of methods that compare one vector an image: the classifiers' inputs, or stages averaged over their maps."""
 
     automatic_stages: ClassVar[int] = 1
+    batch_statistics = "all"
     stages_share_weight: ClassVar[bool] = False
 
-    @property
-    def needs_batch(self) -> bool:
-        """True: images are compared with one another."""
-        return True
-
     def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
-        """Returns the pair of vectors before both classifiers; see `Method.automatic_pairs`."""
+        """Return the pair of vectors before both classifiers; see `Method.automatic_pairs`."""
         return [] if pooled is None else [pooled]
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
-        """Returns the mean ``[B, C_t]`` over the map."""
+        """Return the mean ``[B, C_t]`` over the map."""
         return x.mean((2, 3))
 
     def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns `compare_vectors` of the mean over the map; see `FeatureMethod.compare`."""
+        """Return `compare_vectors` of the mean over the map; see `FeatureMethod.compare`."""
         return self.compare_vectors(index, x.mean((2, 3)), target, labels)
 
     @abstractmethod
     def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the loss of stage pair ``index`` for vectors ``[B, C_s]`` and ``[B, C_t]`` (float32)."""
+        """Return the loss of stage pair ``index`` for vectors ``[B, C_s]`` and ``[B, C_t]`` (float32)."""
 
 
 def count_parameters(*modules: nn.Module) -> int:
-    """Returns the number of parameters that the modules learn."""
+    """Return the number of parameters that the modules learn."""
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
 
 
 def kept_frequencies(keep: int | None, pair: StagePair, largest: int) -> int:
-    """Returns the frequencies K per axis that are compared: ``keep``, or 5 where the grid has that many.
+    """Return the number K of frequencies per axis to compare: ``keep``, or 5 where the grid has that many.
 
     Args:
-        keep: What the user asks for, if anything.
+        keep: The user's choice, if any.
         pair: The stage pair, for the error.
         largest: The smallest side of the grid on which frequencies are taken.
 

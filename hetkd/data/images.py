@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hetkd.inputs import InputSpec
-from hetkd.training.random_state import sample_seed, seeded
+from hetkd.data.seeding import sample_seed, seeded
+from hetkd.models.inputs import InputSpec
 
 
 class UnreadableImage(OSError):

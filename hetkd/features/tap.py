@@ -1,63 +1,22 @@
 """One side of a distillation: a model with its input transform, its adapter and the stages that are tapped."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Adapter, Features, HookAdapter, NoSpatialFeatures, Probe, Stage, find_adapter, probe
-from hetkd.inputs import InputSpec, InputTransform, Normalization, input_spec
-from hetkd.models import architecture_name, tapped_module
-from hetkd.names import unknown_name
-from hetkd.plan import POOLED
+from hetkd.features.adapter import Adapter, Features, Stage
+from hetkd.features.hooks import HookAdapter
+from hetkd.features.pairing import POOLED
+from hetkd.features.probe import NoSpatialFeatures, Probe, probe
+from hetkd.features.registry import find_adapter
+from hetkd.models.inputs import InputSpec, InputTransform, Normalization, input_spec
+from hetkd.models.wrappers import architecture_name, tapped_module
+from hetkd.utils.checks import unknown_name
 
 Size = int | tuple[int, int]
-
-
-@dataclass(frozen=True)
-class RecordedTeacher:
-    """What a teacher cache knows of a teacher whose weights are not here.
-
-    Attributes:
-        cache: The cache's folder.
-        title: The teacher, as the plan names it.
-        fingerprint: Digest of its weights.
-        spec: The images that it was made for.
-        size: Height and width that it saw.
-        classes: Of its classifier.
-        pooled: Length of the vector before it.
-        stages: That can be chosen.
-    """
-
-    cache: str
-    title: str
-    fingerprint: str
-    spec: InputSpec
-    size: tuple[int, int]
-    classes: int | None
-    pooled: int | None
-    stages: tuple[Stage, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns it as JSON values, without the folder."""
-        values = asdict(self)
-        del values["cache"]
-        return values
-
-    @classmethod
-    def from_json(cls, cache: str, values: dict[str, Any]) -> "RecordedTeacher":
-        """Returns what `to_json` wrote down."""
-        return cls(
-            **{
-                **values,
-                "cache": cache,
-                "spec": InputSpec(**values["spec"]),
-                "size": tuple(values["size"]),
-                "stages": tuple(Stage(**stage) for stage in values["stages"]),
-            }
-        )
 
 
 class Tap:
@@ -67,7 +26,7 @@ class Tap:
         self.role, self.model = role, tapped_module(model)
         self.adapter: Adapter = find_adapter(self.model)
         self.spec: InputSpec = input_spec(self.model)
-        self.size = _as_size(size) if size is not None else self.spec.size
+        self.size = as_size(size) if size is not None else self.spec.size
         self.why_no_stages = ""
         self.stages, self.classes, self.pooled = self._dry_run()
         self.listed = self.stages  # of the adapter, without those that the user adds
@@ -188,55 +147,12 @@ class Tap:
         self.inputs.to(device)
 
 
-class RecordedTap(Tap):
-    """A teacher of which only the cache is here: its stages are known, and it cannot be run."""
+def as_size(size: Any) -> tuple[int, int]:
+    """Return height and width for ``input_size``, a number of pixels or a pair.
 
-    def __init__(
-        self, role: str, recorded: RecordedTeacher, size: Size | None, normalized: Normalization | None
-    ) -> None:
-        if size is not None and _as_size(size) != recorded.size:
-            raise ValueError(
-                f"input_size has {size!r} for the {role}, but the cache {recorded.cache!r} was made at "
-                f"{recorded.size[0]} x {recorded.size[1]}: leave it out."
-            )
-        self.role, self.recorded, self.model = role, recorded, nn.Identity()
-        self.spec, self.size = recorded.spec, recorded.size
-        self.stages, self.classes, self.pooled = list(recorded.stages), recorded.classes, recorded.pooled
-        self.listed = self.stages
-        self.why_no_stages = "" if self.stages else "the cached teacher yields no feature map"
-        self.inputs = InputTransform(self.spec, self.size, normalized)
-        self.names = []
-        self.placement, self.fingerprint = "cache", recorded.fingerprint
-
-    @property
-    def title(self) -> str:
-        """As the plan named the teacher when it was cached."""
-        return self.recorded.title
-
-    def add_stages(self, names: Sequence[str]) -> None:
-        """Refuses stages that the cache does not know.
-
-        Raises:
-            ValueError: If there is one.
-        """
-        known = [stage.name for stage in self.all_stages]
-        for name in names:
-            if name not in known:
-                raise unknown_name(f"stage of the cached {self.role}", name, known)
-
-    def run(self, images: Tensor) -> Features:
-        """Cannot be done.
-
-        Raises:
-            RuntimeError: Always.
-        """
-        raise RuntimeError(
-            f"of the {self.role} only the cache {self.recorded.cache!r} is here: train with fit and the images that "
-            "it was made of."
-        )
-
-
-def _as_size(size: Any) -> tuple[int, int]:
+    Raises:
+        ValueError: If it is neither, or not positive.
+    """
     pair = (size, size) if isinstance(size, int) else size
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(v) is int and v > 0 for v in pair)):
         raise ValueError(f"input_size has {size!r}: give positive pixels, a number or (height, width).")

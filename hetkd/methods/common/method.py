@@ -2,15 +2,16 @@
 
 import inspect
 from abc import ABC
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, StagePair
-from hetkd.names import Registry, unknown_name
+from hetkd.features.adapter import Features, StagePair
+from hetkd.spectral.precision import at_least_float32
+from hetkd.utils.checks import Registry, check_option_names, not_negative, positive
 
 Targets = dict[str, Tensor]
 """What `Method.encode` makes of the teacher's features: named tensors, batch first, without gradient."""
@@ -19,34 +20,51 @@ methods: Registry[type["Method"]] = Registry("method")
 MethodClass = TypeVar("MethodClass", bound=type["Method"])
 
 
+def _with_options_of_bases(method_class: type["Method"]) -> inspect.Signature:
+    """Return the signature of a class whose ``**common`` goes to its base, with the options of that base."""
+    own = dict(list(inspect.signature(method_class.__init__).parameters.items())[1:])
+    rest = [name for name, option in own.items() if option.kind is option.VAR_KEYWORD]
+    if not rest:
+        return inspect.Signature(list(own.values()))
+    del own[rest[0]]
+    of_base = dict(inspect.signature(method_class.__mro__[1]).parameters)
+    shared = {name: own.pop(name, option) for name, option in of_base.items()}
+    return inspect.Signature([*own.values(), *shared.values()])
+
+
 class Method(nn.Module, ABC):
     """A distillation method: teacher features to targets, student features and targets to loss terms.
 
-    The base computes cross-entropy with the labels and KL divergence to the teacher's logits. A
-    method on logits overrides `logit_loss`; a feature method adds `feature_terms` and, in `bind`,
-    the parameters that these need.
+    The base computes cross-entropy with the labels and KL divergence to the teacher's logits. A method on logits
+    overrides `logit_loss`; a feature method adds `feature_terms` and, in `bind`, the parameters that they need.
+    A subclass takes its own options by keyword and hands the rest on: ``super().__init__(**common)``.
 
     Args:
         ce_weight: Weight of the cross-entropy with the labels.
-        kd_weight: Weight of the loss on logits: the KL divergence (Hinton et al., arXiv 1503.02531),
-            batch mean times T^2, or what the method puts in its place.
+        kd_weight: Weight of the loss on logits: the KL divergence (Hinton et al., arXiv 1503.02531), batch mean times
+            T^2, or the loss that the method puts in its place.
         temperature: T, for both sides of the loss on logits.
 
     Attributes:
-        automatic_stages: How many stage pairs, counted from the last, the method works on when
-            the user names none.
-        uses_teacher_maps: Whether it looks at the teacher's maps at these stages.
+        automatic_stages: Number of stage pairs, counted from the last, when the user names none.
         uses_distillation_token: Whether a student with a distillation token trains its classifier on it.
-        batch_is_local: Whether what it takes over the batch (`needs_batch`) is that of each process alone.
-        logit_term: The name of the loss on logits among the terms.
-        classes: Of the student, or ``None`` without a classifier; known before `bind`.
+        batch_statistics: The batch over which the loss takes statistics, which then needs two images or more: that of
+            each ``"process"``, or of ``"all"`` processes together; ``None`` without such statistics.
+        logit_term: Name of the loss on logits among the terms.
+        pairs: The stage pairs, known after `bind`.
+        classes: Number of the student's classes, or ``None`` without a classifier; known before `bind`.
     """
 
     automatic_stages: ClassVar[int] = 0
-    uses_teacher_maps: bool = True
     uses_distillation_token: bool = False
-    batch_is_local: bool = False
+    batch_statistics: str | None = None
     logit_term: ClassVar[str] = "kd"
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Gives the class the signature with all its options: its own, then those of its bases."""
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = _with_options_of_bases(cls)
 
     def __init__(self, *, ce_weight: float = 1.0, kd_weight: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
@@ -77,41 +95,31 @@ class Method(nn.Module, ABC):
         return self.automatic_stages > 0
 
     @property
-    def describes_logits(self) -> bool:
-        """Whether the plan has a row for logits."""
-        return self.kd_weight > 0
-
-    @property
     def title(self) -> str:
-        """The method as the plan names it."""
+        """The name of the method in the plan."""
         return type(self).__name__
 
-    @property
-    def needs_batch(self) -> bool:
-        """Whether the loss takes statistics over the batch, so that it needs more than one image."""
-        return False
-
     def settings(self) -> dict[str, Any]:
-        """Returns the name and the options of the method, for records of a run."""
+        """Return the name and the options of the method, for records of a run."""
         options = {name: getattr(self, name) for name in method_options(type(self)) if hasattr(self, name)}
         return {"name": type(self).__name__, **options}
 
     def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
-        """Returns the stage pairs to work on when the user names none.
+        """Return the stage pairs to work on when the user names none.
 
         Args:
             pairs: The automatic pairing, in order of depth; empty where a model yields no feature map.
-            pooled: The vectors before both classifiers, as maps of one pixel (without a classifier:
-                the last map); ``None`` where a model has neither.
+            pooled: The vectors before both classifiers, as maps of one pixel (without a classifier: the last map);
+                ``None`` where a model has neither.
         """
         return list(pairs[-self.automatic_stages :]) if self.automatic_stages else []
 
     def teacher_stages(self) -> list[str]:
-        """Returns the stages at which the teacher is tapped, in the order that `encode` expects."""
-        return [pair.teacher.name for pair in self.pairs or ()] if self.uses_teacher_maps else []
+        """Return the stages at which the teacher is tapped, in the order that `encode` expects."""
+        return [pair.teacher.name for pair in self.pairs or ()]
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Makes the parameters for these stage pairs. Called once, by `hetkd.Distiller`.
+        """Make the parameters for these stage pairs. `hetkd.Distiller` calls it once.
 
         Raises:
             RuntimeError: If the method serves another distiller already.
@@ -120,48 +128,49 @@ class Method(nn.Module, ABC):
             raise RuntimeError(f"this {type(self).__name__} serves another Distiller already; make a new one.")
         self.pairs = tuple(pairs)
 
-    def describe(self, index: int) -> str:
-        """Returns what the plan says of stage pair ``index``, beside shapes."""
+    def describe_pair(self, index: int) -> str:
+        """Return the plan's words on stage pair ``index``, beside shapes."""
         return ""
 
-    def added_parameters(self, index: int) -> int:
-        """Returns the number of parameters that stage pair ``index`` adds to the training."""
-        return 0
-
     def describe_logits(self) -> str:
-        """Returns what the plan says of the logits."""
-        return f"KL, T = {self.temperature:g}"
+        """Return the plan's words on the logits; an empty string leaves their row out."""
+        return f"KL, T = {self.temperature:g}" if self.kd_weight else ""
+
+    def added_parameters(self, index: int) -> int:
+        """Return the number of parameters that stage pair ``index`` adds to the training."""
+        return 0
 
     @torch.no_grad()
     def encode(self, teacher: Features, /) -> Targets:
-        """Turns teacher features into targets, without parameters and without gradient.
+        """Turn teacher features into targets, without parameters and without gradient.
 
         Args:
-            teacher: The maps of the teacher's stages of `pairs`, in their order, and its logits.
+            teacher: The maps of the stages of `teacher_stages`, in their order, and the logits.
 
         Returns:
-            Named tensors, each with the batch first; `encode` of a part of a batch is that part
-            of the `encode` of the whole, so that targets can be cached per image.
+            Named tensors, batch first. The `encode` of a part of a batch is that part of the `encode` of the whole,
+            so that targets can be cached per image.
         """
         targets: Targets = {}
         if self.uses_teacher_logits and teacher.logits is not None:
             targets["logits"] = teacher.logits.detach().float()
         for index, x in enumerate(teacher.maps):
-            targets[f"stage{index}"] = self.encode_map(index, x.detach())
+            with torch.autocast(x.device.type, enabled=False):
+                targets[f"stage{index}"] = self.encode_stage(index, at_least_float32(x.detach()))
         return targets
 
-    def encode_map(self, index: int, x: Tensor) -> Tensor:
-        """Turns the teacher's map ``[B, C, h, w]`` of stage pair ``index`` into its target."""
+    def encode_stage(self, index: int, x: Tensor) -> Tensor:
+        """Turn the teacher's map ``[B, C_t, h, w]`` (float32, autocast off) of a stage pair into its target."""
         return x
 
     def forward(self, student: Features, targets: Targets, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Computes the named, weighted terms of the loss.
+        """Compute the named, weighted terms of the loss.
 
         Args:
             student: The maps of the student's stages of `pairs`, in their order, and its logits.
-            targets: What `encode` returned for the same images.
-            labels: Class indices ``[B]`` (int64), class probabilities ``[B, classes]`` (mixing,
-                label smoothing), or ``None``: no cross-entropy.
+            targets: The result of `encode` for the same images.
+            labels: Class indices ``[B]`` (int64), class probabilities ``[B, classes]`` (mixing, label smoothing), or
+                ``None``: no cross-entropy.
 
         Returns:
             Scalars in float32; their sum is the loss.
@@ -175,11 +184,11 @@ class Method(nn.Module, ABC):
         return terms
 
     def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the loss on logits: T^2 KL(teacher || student) at temperature T, mean over the batch.
+        """Return the loss on logits: T^2 KL(teacher || student) at temperature T, mean over the batch.
 
         Args:
-            student: With its logits.
-            teacher: Its logits ``[B, classes]``, float32.
+            student: Features with logits.
+            teacher: Logits ``[B, classes]``, float32.
             labels: As for `forward`; the divergence does not look at them.
         """
         log_student = F.log_softmax(student_logits(student) / self.temperature, dim=1)
@@ -187,12 +196,22 @@ class Method(nn.Module, ABC):
         return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * self.temperature**2
 
     def feature_terms(self, student: Features, targets: Targets, labels: Tensor | None) -> dict[str, Tensor]:
-        """Returns the terms that compare features; none by default. Arguments as for `forward`."""
+        """Return the terms that compare features; none by default. Arguments as for `forward`."""
         return {}
 
 
+class LogitMethod(Method):
+    """Base of methods whose loss on logits is all that the teacher teaches; arguments as of `Method`."""
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__(**common)
+        if not self.kd_weight:
+            name = type(self).__name__.lower()
+            raise ValueError(f"kd_weight=0 leaves method {name!r} without a teacher; use method 'ce'.")
+
+
 def student_logits(student: Features) -> Tensor:
-    """Returns the student's logits in float32.
+    """Return the student's logits in float32.
 
     Raises:
         ValueError: If the student has no classifier.
@@ -203,11 +222,11 @@ def student_logits(student: Features) -> Tensor:
 
 
 def target_classes(labels: Tensor | None, teacher: Tensor) -> Tensor:
-    """Returns the class ``[B]`` that an image counts as, for methods that treat it apart from all others.
+    """Return the class ``[B]`` of each image, for methods that treat that class apart from all others.
 
     Args:
-        labels: Class indices, class probabilities (the likeliest class counts), or ``None``: then
-            the teacher's class stands in.
+        labels: Class indices, class probabilities (the likeliest class counts), or ``None``: the teacher's class
+            stands in.
         teacher: The teacher's logits ``[B, classes]``.
     """
     if labels is None:
@@ -216,11 +235,11 @@ def target_classes(labels: Tensor | None, teacher: Tensor) -> Tensor:
 
 
 def register_method(name: str) -> Callable[[MethodClass], MethodClass]:
-    """Returns a class decorator that registers a `Method` under ``name``.
+    """Return a class decorator that registers a `Method` under ``name``.
 
     Raises:
         ValueError: If the name is malformed or taken.
-        TypeError: If what is decorated is not a subclass of `Method`.
+        TypeError: If the decorated object is not a subclass of `Method`.
     """
     add = methods.register(name)
 
@@ -234,12 +253,16 @@ def register_method(name: str) -> Callable[[MethodClass], MethodClass]:
 
 
 def list_methods() -> list[str]:
-    """Returns the names that ``Distiller(..., method=NAME)`` takes."""
+    """Return the names that ``Distiller(..., method=NAME)`` takes.
+
+    >>> "sfkd" in list_methods()
+    True
+    """
     return methods.names()
 
 
 def make_method(method: "str | Method", options: dict[str, Any]) -> Method:
-    """Returns the method object for a name and its options; an object passes as it is.
+    """Return the method object for a name and its options; an object passes as it is.
 
     Raises:
         ValueError: If the name, an option's name or an option's value is not valid.
@@ -259,52 +282,5 @@ def make_method(method: "str | Method", options: dict[str, Any]) -> Method:
 
 
 def method_options(method_class: type[Method]) -> list[str]:
-    """Returns the names of a method's keyword options."""
+    """Return the names of a method's keyword options."""
     return list(inspect.signature(method_class).parameters)
-
-
-def check_option_names(what: str, options: Iterable[str], valid: Sequence[str]) -> None:
-    """Raises ValueError, with the nearest valid names, for the first option that does not exist."""
-    for option in options:
-        if option not in valid:
-            raise unknown_name(what, option, valid)
-
-
-def not_negative(name: str, value: float) -> float:
-    """Returns ``value``; raises ValueError if it is negative or not a number."""
-    if not _number(name, value) >= 0:
-        raise ValueError(f"{name}={value} must be 0 or positive.")
-    return value
-
-
-def whole_number(name: str, value: int) -> int:
-    """Returns ``value``; raises ValueError unless it is a whole number of at least 1."""
-    if not (isinstance(value, int) and value >= 1):
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-    return value
-
-
-def needed_kd_weight(method: str, kd_weight: float) -> float:
-    """Returns ``kd_weight``; raises ValueError for a 0 that would leave a method on logits without its only term."""
-    if kd_weight == 0:
-        raise ValueError(f"kd_weight=0 leaves method {method!r} without a teacher; use method 'ce'.")
-    return kd_weight
-
-
-def one_positive(**values: float) -> None:
-    """Raises ValueError if all values are 0."""
-    if not any(values.values()):
-        raise ValueError(f"{' and '.join(values)} are all 0, which leaves nothing to compare.")
-
-
-def positive(name: str, value: float) -> float:
-    """Returns ``value``; raises ValueError unless it is positive."""
-    if not _number(name, value) > 0:
-        raise ValueError(f"{name}={value} must be positive.")
-    return value
-
-
-def _number(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be a number.")
-    return value

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -85,3 +85,43 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Returns the registered names, sorted."""
         return sorted(self._items)
+
+
+def check_option_names(what: str, options: Iterable[str], valid: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest valid names, for the first option that does not exist."""
+    for option in options:
+        if option not in valid:
+            raise unknown_name(what, option, valid)
+
+
+def not_negative(name: str, value: float) -> float:
+    """Returns ``value``; raises ValueError if it is negative or not a number."""
+    if not _number(name, value) >= 0:
+        raise ValueError(f"{name}={value} must be 0 or positive.")
+    return value
+
+
+def whole_number(name: str, value: int) -> int:
+    """Returns ``value``; raises ValueError unless it is a whole number of at least 1."""
+    if not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+    return value
+
+
+def one_positive(**values: float) -> None:
+    """Raises ValueError if all values are 0."""
+    if not any(values.values()):
+        raise ValueError(f"{' and '.join(values)} are all 0, which leaves nothing to compare.")
+
+
+def positive(name: str, value: float) -> float:
+    """Returns ``value``; raises ValueError unless it is positive."""
+    if not _number(name, value) > 0:
+        raise ValueError(f"{name}={value} must be positive.")
+    return value
+
+
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number.")
+    return value

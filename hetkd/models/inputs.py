@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hetkd.models.hugging_face import image_processor_settings
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Normalization = tuple[Sequence[float], Sequence[float]]
@@ -93,8 +95,6 @@ def _of_timm(model: Any) -> tuple[Settings, Sequence[int]]:
 
 
 def _of_hugging_face(config: Any) -> tuple[Settings, int | Sequence[int]]:
-    from hetkd.models import image_processor_settings
-
     processor = image_processor_settings(config)
     crop, resized = _side(processor.get("crop_size")), _side(processor.get("size"))
     own = getattr(getattr(config, "vision_config", config), "image_size", None)
@@ -162,7 +162,7 @@ class InputTransform(nn.Module):
 
     def __init__(self, spec: InputSpec, size: tuple[int, int], normalized: Normalization | None = None) -> None:
         super().__init__()
-        self.size, self.spec = size, spec
+        self.size, self.spec, self.takes_normalized = size, spec, normalized is not None
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         given_mean, given_std = torch.zeros_like(mean), torch.ones_like(std)
         if normalized is not None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.distributed import gather_over_processes, sum_over_processes, world_size
+from hetkd.utils.distributed import gather_over_processes, sum_over_processes, world_size
 
 _EPS = 1e-12
 TARGET_EPS = 1e-30  # targets have no gradient that a small divisor could blow up, and may be small as a whole

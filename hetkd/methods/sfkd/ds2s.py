@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.methods.linear import mix_channels
+from hetkd.methods.common.linear import mix_channels
 from hetkd.spectral import Bands, real_fourier_basis
 
 LITE_CHANNELS = 16

@@ -5,19 +5,17 @@ Only the paper's abstract is public knowledge here; the internals are this proje
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.adapter import StagePair
-from hetkd.grid import common_grid, to_grid
-from hetkd.methods.base import not_negative, register_method, whole_number
-from hetkd.methods.ds2s import DS2S, LiteDS2S, to_bands, to_groups
-from hetkd.methods.feature import StagewiseMethod, count_parameters, kept_frequencies
-from hetkd.methods.linear import LinearMap, mix_channels
-from hetkd.methods.matching import (
+from hetkd.features.adapter import StagePair
+from hetkd.features.grid import common_grid, to_grid
+from hetkd.methods.common.linear import LinearMap
+from hetkd.methods.common.method import register_method
+from hetkd.methods.common.stagewise import StagewiseMethod, count_parameters, kept_frequencies
+from hetkd.methods.common.statistics import (
     TARGET_EPS,
     ChannelReduction,
     correlation_losses,
@@ -27,9 +25,12 @@ from hetkd.methods.matching import (
     standardize_sample,
     weights_side_by_side,
 )
-from hetkd.names import choice
-from hetkd.spectral import amplitude, dwt2, half_plane_window, idwt2, low_frequencies
+from hetkd.methods.sfkd.ds2s import DS2S, LiteDS2S
+from hetkd.methods.sfkd.fused import FusedSpectra
+from hetkd.methods.sfkd.refine import RefinedSpectra
+from hetkd.spectral import amplitude, half_plane_window, low_frequencies
 from hetkd.spectral.wavelet import check_wavelet
+from hetkd.utils.checks import choice, not_negative, whole_number
 
 
 @register_method("sfkd")
@@ -54,7 +55,6 @@ class SFKD(StagewiseMethod):
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages.
-        stage_weights: ``None`` (all alike, in all 1), one number a stage pair, or ``"learnt"``.
         grid: Most pixels a side of the common grid, before it is rounded up to a multiple of 2^J.
         levels: J, 0 to 3; ``None``: 2, or fewer on small grids, so that the coarsest band has 2 x 2 pixels or more.
         wavelet: An orthogonal wavelet of PyWavelets, by name.
@@ -70,9 +70,9 @@ class SFKD(StagewiseMethod):
         decorrelation: Weight of RSD's off-diagonal term (with ``normalize="batch"`` and GFFL only).
         width: D, most channels to compare.
         reduction: The teacher's fixed map: ``"orthogonal"`` or ``"pca"`` (fitted on the first batch).
-        ce_weight: Weight of the cross-entropy with the labels.
         kd_weight: Weight of the KL divergence between logits; 0 for a teacher without a classifier.
-        temperature: Of the KL divergence.
+        temperature: T of the KL divergence.
+        **common: ``stage_weights`` and ``ce_weight`` of `StagewiseMethod`.
 
     Raises:
         ValueError: If an option is out of range, or a stage's grid is too small for it.
@@ -84,7 +84,6 @@ class SFKD(StagewiseMethod):
         self,
         *,
         feature_weight: float = 100.0,
-        stage_weights: Sequence[float] | str | None = None,
         grid: int = 8,
         levels: int | None = None,
         wavelet: str = "haar",
@@ -99,17 +98,11 @@ class SFKD(StagewiseMethod):
         decorrelation: float = 0.0,
         width: int = 256,
         reduction: str = "orthogonal",
-        ce_weight: float = 1.0,
         kd_weight: float = 1.0,
         temperature: float = 4.0,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            feature_weight=feature_weight,
-            stage_weights=stage_weights,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            temperature=temperature,
-        )
+        super().__init__(feature_weight=feature_weight, kd_weight=kd_weight, temperature=temperature, **common)
         if levels not in (None, 0, 1, 2, 3):
             raise ValueError(f"levels={levels} must be 0, 1, 2 or 3, or None for what the grid holds.")
         if refinement_stages not in (0, 1, 2):
@@ -124,16 +117,12 @@ class SFKD(StagewiseMethod):
         self.sigma = not_negative("sigma", sigma)
         self.spectrum = choice("spectrum", spectrum, ["complex", "amplitude"])
         self.normalize = choice("normalize", normalize, ["batch", "sample"])
+        self.batch_statistics = "all" if normalize == "batch" or loss == "infonce" else None
         self.decorrelation = not_negative("decorrelation", decorrelation)
         if decorrelation and (normalize, loss) != ("batch", "gffl"):
             raise ValueError("decorrelation needs normalize='batch' and loss='gffl'.")
         self.width = whole_number("width", width)
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
-
-    @property
-    def needs_batch(self) -> bool:
-        """True with ``normalize="batch"`` and for InfoNCE."""
-        return self.normalize == "batch" or self.loss == "infonce"
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Makes projections and refinements for these stage pairs; see `Method.bind`.
@@ -159,7 +148,7 @@ class SFKD(StagewiseMethod):
         shapes = list(zip(self._grids, self._levels, self._keeps, strict=True))
         stages_of = {shape: [i for i, other in enumerate(shapes) if other == shape] for shape in shapes}
         self.shared = nn.ModuleList(
-            SharedGrid(stages, *shape, self.wavelet, self._refinement([widths[i] for i in stages], *shape[:2]))
+            FusedSpectra(stages, *shape, self.wavelet, self._refinement([widths[i] for i in stages], *shape[:2]))
             for shape, stages in stages_of.items()
         )
         self.teacher_spectra = nn.ModuleList(
@@ -199,7 +188,7 @@ class SFKD(StagewiseMethod):
             gate_whole_map=self.loss != "gffl" or self.normalize == "sample",
         )
 
-    def describe(self, index: int) -> str:
+    def describe_pair(self, index: int) -> str:
         """Returns grid, levels and kept frequencies of stage pair ``index``."""
         (height, width), levels, keep = self._grids[index], self._levels[index], self._keeps[index]
         what = f"{keep} x {keep} frequencies" if self.loss == "gffl" else self.loss
@@ -207,7 +196,7 @@ class SFKD(StagewiseMethod):
 
     def added_parameters(self, index: int) -> int:
         """Returns the parameters of the projection and the refinement of stage pair ``index``."""
-        shared = next(shared for shared in cast(list[SharedGrid], self.shared) if index in shared.stages)
+        shared = next(shared for shared in cast(list[RefinedSpectra], self.shared) if index in shared.stages)
         refinement = 0 if shared.refine is None else shared.refine.parameters_of(shared.stages.index(index))
         return count_parameters(self.project[index]) + refinement
 
@@ -238,16 +227,16 @@ class SFKD(StagewiseMethod):
 
     def refined_features(self, maps: list[Tensor]) -> list[Tensor]:
         """Returns the student's aligned, refined and recombined features ``[B, D, G, G]``."""
-        return self._through(SharedGrid.features, maps)
+        return self._through(RefinedSpectra.features, maps)
 
     def refined_spectra(self, maps: list[Tensor]) -> list[Tensor]:
         """Returns the low frequencies of `refined_features`, without making them."""
-        return self._through(SharedGrid.spectra, maps)
+        return self._through(RefinedSpectra.__call__, maps)
 
     def _through(self, what: Callable[..., Sequence[Tensor]], maps: list[Tensor]) -> list[Tensor]:
         """Brings maps to their common grids, and those of one grid through its transforms together."""
         found: dict[int, Tensor] = {}
-        for shared in cast(list[SharedGrid], self.shared):
+        for shared in cast(list[RefinedSpectra], self.shared):
             on_grid = [to_grid(maps[index], self._grids[index]) for index in shared.stages]
             results = what(shared, on_grid, [self.project[index].weight for index in shared.stages])
             found.update(zip(shared.stages, results, strict=True))
@@ -257,83 +246,6 @@ class SFKD(StagewiseMethod):
         if self.loss == "gffl" and self.spectrum == "amplitude":
             x = amplitude(x)
         return standardize_sample(x) if self.normalize == "sample" else x
-
-
-class SharedGrid(nn.Module):
-    """The student's way from its maps on one common grid to refined features, or to their spectra.
-
-    Wavelets, their inverse and spectra are linear and fixed: each chain of them is one matrix. Mixing channels commutes
-    with it, and is done where there are fewest pixels or channels.
-
-    Args:
-        stages: Indices of the stage pairs that have this grid.
-        grid: Height and width of their maps.
-        levels: J of the wavelet transform.
-        keep: Frequencies kept per axis.
-        wavelet: By name.
-        refine: What refines the sub-bands of all stages of this grid, if anything.
-    """
-
-    def __init__(
-        self,
-        stages: list[int],
-        grid: tuple[int, int],
-        levels: int,
-        keep: int,
-        wavelet: str,
-        refine: DS2S | LiteDS2S | None,
-    ) -> None:
-        super().__init__()
-        self.stages = stages
-        self.levels, self.wavelet, self.refine = levels, wavelet, refine
-        self.spectrum = LinearMap(partial(low_frequencies, keep=keep, half=True), grid)
-        stacks = [] if refine is None else self._stacks(torch.zeros(1, 1, *grid))
-        self.splits = nn.ModuleList(LinearMap(partial(self._stack, i), grid) for i in range(len(stacks)))
-        self.merges = nn.ModuleList(
-            LinearMap(partial(self._spectrum_of_stack, i, keep, stacks), tuple(stack.shape[2:]))
-            for i, stack in enumerate(stacks)
-        )
-
-    def features(self, maps: list[Tensor], projections: list[Tensor]) -> Sequence[Tensor]:
-        """Projects maps ``[B, C, *grid]`` by 1x1 convolutions ``[D, C, 1, 1]``, and refines them."""
-        aligned = self._aligned(maps, projections)
-        if self.refine is not None:
-            aligned = idwt2(self.refine(dwt2(aligned, self.wavelet, self.levels)), self.wavelet)
-        return aligned.split([len(weight) for weight in projections], dim=1)
-
-    def spectra(self, maps: list[Tensor], projections: list[Tensor]) -> Sequence[Tensor]:
-        """Returns the low frequencies ``[B, D, K, K // 2 + 1, 2]`` of `features`."""
-        if isinstance(self.refine, DS2S):
-            refined = self._refined_spectrum(self.refine, self._aligned(maps, projections))
-            return refined.split(self.refine.channels, dim=1)
-        weights = [weight.flatten(1) for weight in projections]
-        spectra = [mix_channels(weight, self.spectrum(x)) for weight, x in zip(weights, maps, strict=True)]
-        if self.refine is None:
-            return spectra
-        parts = zip(self.refine.reduce, weights, maps, strict=True)
-        few = torch.cat([mix_channels(reduce @ weight, x) for reduce, weight, x in parts], dim=1)
-        changes = self._refined_spectrum(self.refine.refine, few) - self.spectrum(few)
-        changed = zip(spectra, self.refine.expand, changes.split(self.refine.refine.channels, dim=1), strict=True)
-        return [spectrum + mix_channels(expand, change) for spectrum, expand, change in changed]
-
-    def _aligned(self, maps: list[Tensor], projections: list[Tensor]) -> Tensor:
-        return torch.cat([F.conv2d(x, weight) for x, weight in zip(maps, projections, strict=True)], dim=1)
-
-    def _refined_spectrum(self, refine: DS2S, x: Tensor) -> Tensor:
-        refined = zip(self.merges, refine.refined([split(x) for split in self.splits]), strict=True)
-        return torch.stack([merge(stack) for merge, stack in refined]).sum(0)
-
-    def _stacks(self, x: Tensor) -> list[Tensor]:
-        return to_groups(dwt2(x, self.wavelet, self.levels))
-
-    def _stack(self, index: int, x: Tensor) -> Tensor:
-        return self._stacks(x)[index]
-
-    def _spectrum_of_stack(self, index: int, keep: int, stacks: list[Tensor], x: Tensor) -> Tensor:
-        """Returns the spectrum of the map of which one stack of sub-bands is ``x``, and the others are 0."""
-        others = [x.new_zeros(len(x), *stack.shape[1:]) for stack in stacks]
-        merged = idwt2(to_bands([*others[:index], x, *others[index + 1 :]]), self.wavelet)
-        return low_frequencies(merged, keep, half=True)
 
 
 def _most_levels(pair: StagePair) -> int:

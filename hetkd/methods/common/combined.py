@@ -1,4 +1,4 @@
-"""Several methods at once, and several teachers at once."""
+"""Several methods at once."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetkd.adapter import Features, StagePair
-from hetkd.methods.base import Method, Targets, make_method, positive
+from hetkd.features.adapter import Features, StagePair
+from hetkd.methods.common.method import Method, Targets, make_method
 from hetkd.methods.kd import CE, KD
+from hetkd.utils.checks import positive
 
 
 class Composite(Method):
@@ -17,10 +18,10 @@ class Composite(Method):
 
     Args:
         parts: Methods that serve no distiller yet.
-        weights: One a part.
-        ce_weight: Of the cross-entropy with the labels, which counts once for all parts.
-        kd_weight: Of the KL divergence, as far as it counts once.
-        temperature: Of this KL divergence.
+        weights: One weight a part.
+        ce_weight: Weight of the cross-entropy with the labels, which counts once for all parts.
+        kd_weight: Weight of the KL divergence, as far as it counts once.
+        temperature: T of this KL divergence.
     """
 
     def __init__(
@@ -38,8 +39,8 @@ class Composite(Method):
         self.parts = nn.ModuleList(parts)
         self.weights = tuple(weights)
         self.uses_distillation_token = any(part.uses_distillation_token for part in parts)
-        self.uses_teacher_maps = any(part.uses_teacher_maps for part in parts)
-        self.batch_is_local = any(part.batch_is_local for part in parts)
+        scopes = {part.batch_statistics for part in parts}
+        self.batch_statistics = next((scope for scope in ("process", "all") if scope in scopes), None)
 
     @property
     def methods(self) -> list[Method]:
@@ -62,22 +63,12 @@ class Composite(Method):
         return any(part.compares_features for part in self.methods)
 
     @property
-    def describes_logits(self) -> bool:
-        """Whether any part does."""
-        return self.kd_weight > 0 or any(part.describes_logits for part in self.methods)
-
-    @property
     def title(self) -> str:
-        """The parts as the plan names them."""
+        """The names of the parts in the plan."""
         return " + ".join([*(["KD"] if self.kd_weight else []), *(part.title for part in self.methods)]) or "CE"
 
-    @property
-    def needs_batch(self) -> bool:
-        """Whether any part does."""
-        return any(part.needs_batch for part in self.methods)
-
     def settings(self) -> dict[str, Any]:
-        """Returns the weights, and the options of each part."""
+        """Return the weights, and the options of each part."""
         return {
             "name": type(self).__name__,
             "ce_weight": self.ce_weight,
@@ -94,17 +85,12 @@ class Composite(Method):
             part.bind(of_part)
 
     def _shares(self) -> Iterable[tuple[int, Method, slice]]:
-        """Yields each part with its number and its share of the stage pairs."""
+        """Yield each part with its number and its share of the stage pairs."""
         start = 0
-        for number, (part, count) in enumerate(zip(self.methods, self.pair_counts, strict=True)):
-            end = start + count
+        for number, part in enumerate(self.methods):
+            end = start + len(part.pairs or ())
             yield number, part, slice(start, end)
             start = end
-
-    @property
-    def pair_counts(self) -> list[int]:
-        """How many stage pairs each part has."""
-        return [len(part.pairs or ()) for part in self.methods]
 
     def _part_of(self, index: int) -> tuple[Method, int]:
         for _, part, share in self._shares():
@@ -112,23 +98,23 @@ class Composite(Method):
                 return part, index - share.start
         raise IndexError(f"there is no stage pair {index}.")
 
-    def describe(self, index: int) -> str:
-        """Returns what the part says of its stage pair."""
+    def describe_pair(self, index: int) -> str:
+        """Return the words of the part that has this stage pair."""
         part, own = self._part_of(index)
-        return part.describe(own)
+        return part.describe_pair(own)
 
     def added_parameters(self, index: int) -> int:
-        """Returns what the part says of its stage pair."""
+        """Return the number that the part with this stage pair adds."""
         part, own = self._part_of(index)
         return part.added_parameters(own)
 
     def describe_logits(self) -> str:
-        """Returns what is done with logits, by all."""
-        shared = [super().describe_logits()] if self.kd_weight else []
-        return "; ".join([*shared, *(part.describe_logits() for part in self.methods if part.kd_weight)])
+        """Return the words of all parts."""
+        each = [super().describe_logits(), *(part.describe_logits() for part in self.methods)]
+        return "; ".join(words for words in each if words)
 
     def feature_terms(self, student: Features, targets: Targets, labels: Tensor | None) -> dict[str, Tensor]:
-        """Returns the weighted terms of all parts."""
+        """Return the weighted terms of all parts."""
         terms: dict[str, Tensor] = {}
         for number, part, share in self._shares():
             own = Features(student.logits, student.maps[share], student.pooled, student.distillation_logits)
@@ -143,23 +129,23 @@ class Composite(Method):
         return name
 
     def _targets_of(self, number: int, targets: Targets) -> Targets:
-        prefix = f"part{number}."
+        prefix = target_name(number, "")
         return {name.removeprefix(prefix): x for name, x in targets.items() if name.startswith(prefix)}
 
 
 class Combined(Composite):
     """Methods added up: ``Distiller(..., method=["kd", SFKD(...)])`` or ``method=Combined([...], weights=[...])``.
 
-    Terms keep their names. What several methods have in common counts once, with the largest of
-    its weights: the cross-entropy with the labels, and the KL divergence to the teacher's logits.
+    Terms keep their names. What several methods have in common counts once, with the largest of its weights: the
+    cross-entropy with the labels, and the KL divergence to the teacher's logits.
 
     Args:
         methods: Names or `Method` objects, of different classes; objects are copied.
         weights: A factor for each method's terms except the cross-entropy; ``None``: 1 each.
 
     Raises:
-        ValueError: If there are no methods, one occurs twice, weights are not as many or not
-            positive, or KL divergences of different temperature are mixed.
+        ValueError: If there are no methods, one occurs twice, the number of weights is wrong, a weight is not positive,
+            or KL divergences of different temperature are mixed.
         TypeError: If a method is neither a name nor a `Method`.
     """
 
@@ -167,7 +153,7 @@ class Combined(Composite):
         made = [copy.deepcopy(make_method(method, {})) for method in methods]
         if any(method.pairs is not None for method in made):
             raise ValueError("method has one that serves another Distiller already; make a new one.")
-        factors = _checked_weights("weights", weights, len(made), "methods", default=1.0)
+        factors = checked_weights("weights", weights, len(made), "methods", default=1.0)
         names = [type(method).__name__ for method in made]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(
@@ -195,22 +181,22 @@ class Combined(Composite):
         self._automatic: list[list[StagePair]] | None = None
 
     def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
-        """Returns those of all parts, one after the other; see `Method.automatic_pairs`."""
+        """Return those of all parts, one after the other; see `Method.automatic_pairs`."""
         self._automatic = [part.automatic_pairs(pairs, pooled) for part in self.methods]
         return [pair for of_part in self._automatic for pair in of_part]
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Gives each part its automatic pairs, or each part that compares features the user's; see `Method.bind`."""
+        """Give each part its automatic pairs, or each part that compares features the user's; see `Method.bind`."""
         of_user = [pairs if part.compares_features else [] for part in self.methods]
         self._bind_parts(self._automatic if self._automatic is not None else of_user)
 
     def teacher_stages(self) -> list[str]:
-        """Returns those of all parts; see `Method.teacher_stages`."""
+        """Return those of all parts; see `Method.teacher_stages`."""
         return [name for part in self.methods for name in part.teacher_stages()]
 
     @torch.no_grad()
     def encode(self, teacher: Features, /) -> Targets:
-        """Returns the targets of all parts; the logits, which they have in common, once."""
+        """Return the targets of all parts; the logits, which they have in common, once."""
         targets: Targets = {}
         if self.uses_teacher_logits and teacher.logits is not None:
             targets["logits"] = teacher.logits.detach().float()
@@ -218,7 +204,7 @@ class Combined(Composite):
         for number, part in enumerate(self.methods):
             own = tuple(next(maps) for _ in part.teacher_stages())
             encoded = part.encode(Features(None, own, teacher.pooled))
-            targets |= {f"part{number}.{name}": x for name, x in encoded.items()}
+            targets |= {target_name(number, name): x for name, x in encoded.items()}
         return targets
 
     def _targets_of(self, number: int, targets: Targets) -> Targets:
@@ -226,59 +212,24 @@ class Combined(Composite):
         return shared | super()._targets_of(number, targets)
 
 
-class MultiTeacher(Composite):
-    """One method, and several teachers: each teacher teaches by a copy of it, with projections of its own.
-
-    `hetkd.Distiller` makes it of a list of teachers. Terms are named ``teacher0.kd`` and so on; the
-    cross-entropy with the labels counts once.
-
-    Args:
-        parts: The method, once a teacher.
-        weights: A factor for the terms of each teacher; ``None``: equal ones, in all 1.
-
-    Raises:
-        ValueError: If the method uses no teacher, or weights are not as many as teachers or not positive.
-    """
-
-    def __init__(self, parts: Sequence[Method], weights: Sequence[float] | None = None) -> None:
-        if not parts[0].uses_teacher:
-            raise ValueError(f"there are {len(parts)} teachers, but {type(parts[0]).__name__} uses none.")
-        factors = _checked_weights("teacher_weights", weights, len(parts), "teachers", default=1 / len(parts))
-        super().__init__(parts, factors, ce_weight=parts[0].ce_weight)
-
-    def bind(self, *pairs: Sequence[StagePair]) -> None:
-        """Gives each part the stage pairs of its teacher; see `Method.bind`."""
-        self._bind_parts(pairs)
-
-    @torch.no_grad()
-    def encode(self, *teachers: Features) -> Targets:
-        """Returns the targets that each part makes of its teacher; see `Method.encode`."""
-        return {
-            f"part{number}.{name}": x
-            for number, (part, teacher) in enumerate(zip(self.methods, teachers, strict=True))
-            for name, x in part.encode(teacher).items()
-        }
-
-    @property
-    def title(self) -> str:
-        """The method, which all teachers have in common."""
-        return self.methods[0].title
-
-    def describe_logits(self) -> str:
-        """Returns what is done with the logits of each teacher."""
-        return self.methods[0].describe_logits()
-
-    def _term_name(self, number: int, name: str) -> str:
-        return f"teacher{number}.{name}"
+def target_name(part: int, name: str) -> str:
+    """Return the name of a target of one part among those of all parts."""
+    return f"part{part}.{name}"
 
 
 def _has_plain_kl(method: Method) -> bool:
     return method.kd_weight > 0 and type(method).logit_loss is Method.logit_loss
 
 
-def _checked_weights(
+def checked_weights(
     argument: str, weights: Sequence[float] | None, count: int, of_what: str, default: float
 ) -> list[float]:
+    """Return one weight a part, all ``default`` without ``weights``.
+
+    Raises:
+        ValueError: If there are no parts, their number is another than that of the weights, or one is not positive.
+        TypeError: If ``weights`` is no sequence of numbers.
+    """
     if not count:
         raise ValueError(f"there are no {of_what}.")
     if weights is None:

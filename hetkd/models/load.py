@@ -1,6 +1,5 @@
-"""Models from strings, weights from safetensors, and students back to disk in their library's own form."""
+"""Models from strings: timm, Hugging Face, torchvision."""
 
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -8,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hetkd.names import choice, unknown_name
+from hetkd.models.weights import load_weights
+from hetkd.utils.checks import choice, unknown_name
 
 LIBRARIES = ("timm", "hf", "torchvision")
 
@@ -207,154 +207,3 @@ def _fetched(name: str, from_network: bool, build: Callable[[], Any]) -> Any:
         raise RuntimeError(
             f"could not load {name} ({type(error).__name__}: {error}). Without a network, pass {otherwise}."
         ) from error
-
-
-def copy_label_names(teacher: Any, student: Any) -> None:
-    """Gives a Hugging Face student the names of its Hugging Face teacher's classes."""
-    names = getattr(getattr(teacher, "config", None), "id2label", None)
-    if names and len(names) == len(getattr(getattr(student, "config", None), "id2label", ())):
-        student.config.id2label = dict(names)
-        student.config.label2id = {name: index for index, name in names.items()}
-
-
-def image_processor_settings(config: Any) -> dict[str, Any]:
-    """Returns the settings of a Hugging Face model's image processor, from its files or its type's defaults."""
-    from transformers import AutoImageProcessor
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-
-    if getattr(config, "_name_or_path", ""):
-        with suppress(OSError, ValueError):  # the model may have come without an image processor
-            processor = AutoImageProcessor.from_pretrained(
-                config._name_or_path, local_files_only=True, trust_remote_code=False
-            )
-            return dict(processor.to_dict())
-    if type(config) not in IMAGE_PROCESSOR_MAPPING:
-        return {}
-    entry = IMAGE_PROCESSOR_MAPPING[type(config)]
-    classes = entry.values() if isinstance(entry, dict) else entry
-    processor_class = next(candidate for candidate in classes if candidate is not None)
-    return dict(processor_class().to_dict())
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a state dict into a model, strictly; timm models may have been built for another input size.
-
-    Args:
-        model: Of the same architecture.
-        path: A safetensors file, or a PyTorch file that holds nothing but tensors.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no weights file, or keys or shapes differ.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights={str(path)!r} does not exist.")
-    state = _read_state_dict(path)
-    expected = _shapes(model.state_dict())
-    if _shapes(state) != expected:
-        state = _fitted_by_timm(model, state)
-    if _shapes(state) != expected:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {_differences(expected, _shapes(state))}")
-    model.load_state_dict(state)
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def _fitted_by_timm(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Converts weights as timm does its own: position embeddings to another input size, keys of original releases."""
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is None or not type(model).__module__.startswith("timm."):
-        return state
-    try:
-        return dict(convert(dict(state), model))
-    except (KeyError, RuntimeError, ValueError):  # weights of another architecture; the caller tells what differs
-        return state
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    import pickle
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a file of weights that can be read safely ({error}).") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} does not hold a state dict.")
-    return state
-
-
-def _differences(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> str:
-    missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    reshaped = [key for key in sorted(expected.keys() & given.keys()) if expected[key] != given[key]]
-    parts = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in (("missing", missing), ("unexpected", unexpected))
-        if keys
-    ]
-    parts += [f"{key} has shape {given[key]} instead of {expected[key]}" for key in reshaped[:3]]
-    return "; ".join(parts) + "."
-
-
-def save_model(model: Any, path: str | Path) -> None:
-    """Saves a plain model with its library's own keys.
-
-    Args:
-        model: The model.
-        path: A file ending in ``.safetensors``; for a Hugging Face model also a directory, for
-            ``save_pretrained``.
-
-    Raises:
-        ValueError: If the path fits neither.
-    """
-    from hetkd.files import write_atomically
-
-    path, model = Path(path), unwrap(model)
-    if path.suffix != ".safetensors":
-        if not hasattr(model, "save_pretrained"):
-            raise ValueError(f"path={str(path)!r} must end in '.safetensors'.")
-        model.save_pretrained(path)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "architecture": architecture_name(model)}
-    write_atomically(path, lambda temporary: save_tensors(model.state_dict(), temporary, metadata))
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes tensors, copied to contiguous memory of their own (tied weights included), as safetensors."""
-    from safetensors.torch import save
-
-    plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    path.write_bytes(save(plain, metadata))
-
-
-def unwrap(model: Any) -> Any:
-    """Returns the module inside of DDP, DataParallel and ``torch.compile``; other modules as they are."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        model = getattr(model, "_orig_mod", None) or model.module
-    return model
-
-
-def tapped_module(model: Any) -> Any:
-    """Returns the module that is tapped: that inside of `unwrap`, of PEFT, and of Hugging Face's wrapper of timm."""
-    model = unwrap(model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return tapped_module(model.get_base_model())
-    is_wrapper = type(model).__module__.startswith("transformers.models.timm_wrapper")
-    return model.timm_model if is_wrapper and hasattr(model, "timm_model") else model
-
-
-def architecture_name(model: nn.Module) -> str:
-    """Returns timm's or Hugging Face's name of an architecture, or the name of the class."""
-    config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, dict) and config.get("architecture"):
-        return str(config["architecture"])
-    return str(getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__)

@@ -1,0 +1,1 @@
+"""The teacher cache: targets on disk, recorded once and trained from many times."""

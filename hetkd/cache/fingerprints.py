@@ -1,0 +1,103 @@
+"""What a cache was made of, and how that differs from what is here now."""
+
+import hashlib
+import json
+from typing import Any
+
+from torch import Tensor
+
+from hetkd.cache.records import TeacherCache, is_logits
+from hetkd.data.images import TensorImages, TransformedImages
+from hetkd.methods.common.method import Method
+from hetkd.teachers import Teachers
+
+_CHECKED_SAMPLES = 16
+_WORDS = {
+    "stages": "choice or size of stages",
+    "data": "data set or input transform",
+    "inputs": "size or normalisation of the images that a teacher sees",
+    "samples": "number of images",
+}
+
+
+def fingerprints(teachers: Teachers, dataset: TransformedImages) -> dict[str, Any]:
+    """Return what the targets of a cache depend on: images, method, stages, teachers, their input transforms."""
+    pairs = teachers.method.pairs or ()
+    return {
+        "samples": len(dataset),
+        "method": encoding_options(teachers.method),
+        "stages": [[str(pair.teacher), str(pair.student)] for pair in pairs],
+        "teacher": teachers.fingerprints(),
+        "inputs": _inputs(teachers),
+        "data": fingerprint_data(dataset),
+    }
+
+
+def check_cache(cache: TeacherCache, teachers: Teachers, dataset: TransformedImages) -> None:
+    """Refuse a cache that was made of other data, another transform, teacher or method.
+
+    Raises:
+        ValueError: If anything differs; the message says what.
+    """
+    for name, value in fingerprints(teachers, dataset).items():
+        if cache.about.get(name) != value:
+            raise ValueError(
+                f"teacher_cache={str(cache.path)!r} was made with another {_WORDS.get(name, name)}"
+                f"{_difference(cache.about.get(name), value)}."
+            )
+    if teachers.method.uses_teacher_logits and not any(is_logits(name) for name in cache.about["shapes"]):
+        raise ValueError(
+            f"teacher_cache={str(cache.path)!r} was made with kd_weight=0 and holds no logits: use kd_weight=0, or "
+            "make a cache with logits."
+        )
+
+
+def fingerprint_data(dataset: TransformedImages | TensorImages) -> str:
+    """Return a digest of some images, evenly spread, as they come out of the transform in the first epoch."""
+    if isinstance(dataset, TransformedImages):
+        dataset.start_epoch(0)
+    digest = hashlib.sha256()
+    for index in range(0, len(dataset), max(1, len(dataset) // _CHECKED_SAMPLES)):
+        digest.update(image_of(dataset[index]).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def image_of(sample: Any) -> Tensor:
+    """Return the image of a sample with or without a label."""
+    image: Tensor = sample[0] if isinstance(sample, tuple) else sample
+    return image
+
+
+def encoding_options(method: Method) -> dict[str, Any]:
+    """Return the options of a method as JSON values, without the weights of its terms, which change no target."""
+    settings = json.loads(json.dumps(method.settings()))
+    parts = [encoding_options(part) for part in getattr(method, "methods", [])]
+    options = {
+        name: value
+        for name, value in settings.items()
+        if name not in ("temperature", "weights", "parts") and not name.endswith(("_weight", "_weights"))
+    }
+    return {**options, "parts": parts} if parts else options
+
+
+def _inputs(teachers: Teachers) -> dict[str, Any]:
+    """Return the input transform of each teacher."""
+    inputs: dict[str, Any] = {}
+    for tap in teachers.taps:
+        inputs[f"{tap.role} size"] = list(tap.size)
+        inputs[f"{tap.role} scale"] = tap.inputs.scale.flatten().tolist()
+        inputs[f"{tap.role} shift"] = tap.inputs.shift.flatten().tolist()
+        if tap.spec.reversed_channels:
+            inputs[f"{tap.role} channels"] = "reversed"
+    return inputs
+
+
+def _difference(before: Any, now: Any) -> str:
+    """Return the difference in words, where a person can use it."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        changed = [
+            f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]
+        ]
+        return f" ({', '.join(changed)})"
+    has_names = isinstance(now, list) and bool(now) and isinstance(now[0], list)
+    return f" ({before}, now {now})" if isinstance(now, int) or has_names else ""

@@ -1,0 +1,167 @@
+"""The records of a teacher cache: the teachers' targets for every training image and view, on disk."""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetkd.data.seeding import sample_seed
+from hetkd.teachers import RecordedTeacher
+from hetkd.utils.files import checksum
+
+INDEX, BASES = "index.json", "bases.safetensors"
+
+SHARD_RECORDS = 16_384
+
+
+class TeacherCache:
+    """A folder of cached targets: fixed-size records in memory-mapped shards, and an index that describes them.
+
+    A record holds the seed of the image's augmentation, a checksum of the image as it was loaded, the ``top_k``
+    largest logits in half precision (the others share what is left of the probability), and each further target of
+    `hetkd.Method.encode` in half precision with a scale.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ValueError: If it holds no complete cache, or a shard is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        index = self.path / INDEX
+        if not index.exists():
+            raise ValueError(f"teacher_cache={str(path)!r} holds no cache: make one by distiller.cache_teacher(...).")
+        self.about = read_index(index)
+        missing = self._expected_shards() - set(self.about["shards"])
+        if missing:
+            raise ValueError(
+                f"teacher_cache={str(path)!r} is not complete ({len(missing)} shards are missing): the same call of "
+                "cache_teacher goes on."
+            )
+        self.dtype = record_dtype(self.about["shapes"], self.about["top_k"])
+        self._shards: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves open files out, which processes that load data would get the content of."""
+        return {**vars(self), "_shards": {}}
+
+    def _expected_shards(self) -> set[str]:
+        return {name for name, _, _ in shards(self.about["samples"], self.about["views"])}
+
+    @property
+    def teachers(self) -> list[RecordedTeacher]:
+        """What is known of the teachers without their weights."""
+        return [RecordedTeacher.from_json(str(self.path), values) for values in self.about["teachers"]]
+
+    def verify(self) -> None:
+        """Reads everything once and compares checksums.
+
+        Raises:
+            ValueError: If a shard is damaged.
+        """
+        for name, expected in self.about["shards"].items():
+            if not is_whole(self.path / name, expected):
+                raise ValueError(
+                    f"{self.path / name} is missing or damaged: the same call of cache_teacher repairs it."
+                )
+
+    def record(self, view: int, index: int, image: Tensor) -> dict[str, Tensor]:
+        """Returns the record of image ``index`` in ``view``, as tensors.
+
+        Raises:
+            ValueError: If it is the record of another image.
+        """
+        name = shard_name(view, index // SHARD_RECORDS)
+        if name not in self._shards:
+            self._shards[name] = np.memmap(self.path / name, dtype=self.dtype, mode="r")
+        record = self._shards[name][index % SHARD_RECORDS]
+        if int(record["seed"]) != sample_seed(self.about["seed"], view, index):
+            raise ValueError(f"{self.path / name} is damaged: image {index} has the record of another one.")
+        if int(record["image"]) != image_checksum(image):
+            raise ValueError(
+                f"teacher_cache={str(self.path)!r} was made of other data: image {index} is not what the teacher saw."
+            )
+        fields = {field: np.array(record[field]) for field in self.dtype.names or () if field not in ("seed", "image")}
+        return {
+            field: torch.from_numpy(x.astype(np.int32) if x.dtype == np.uint16 else x) for field, x in fields.items()
+        }
+
+    def targets(self, records: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turns a batch of records back into the targets that `hetkd.Method.forward` takes, in float32."""
+        targets: dict[str, Tensor] = {}
+        for name in self.about["shapes"]:
+            if is_logits(name):
+                targets[name] = self._logits(records, name)
+            else:
+                scale = records[f"{name}.scale"]
+                targets[name] = records[name].float() * scale.reshape(-1, *(1 for _ in records[name].shape[1:]))
+        return targets
+
+    def _logits(self, records: Mapping[str, Tensor], name: str) -> Tensor:
+        top, ids, rest = (records[f"{name}.{part}"] for part in ("top", "ids", "rest"))
+        logits = rest.float().unsqueeze(1).repeat(1, self.about["shapes"][name][0])
+        return logits.scatter(1, ids.long(), top.float())
+
+
+def image_checksum(image: Tensor) -> int:
+    """Returns a checksum of an image as it was loaded."""
+    return zlib.crc32(image.cpu().contiguous().numpy().tobytes())
+
+
+def shards(samples: int, views: int) -> Iterator[tuple[str, int, range]]:
+    """Yields name, view and image indices of every shard."""
+    for view in range(views):
+        for number, start in enumerate(range(0, samples, SHARD_RECORDS)):
+            yield shard_name(view, number), view, range(start, min(samples, start + SHARD_RECORDS))
+
+
+def shard_name(view: int, number: int) -> str:
+    """Returns the file name of a shard."""
+    return f"view{view:03d}-{number:05d}.bin"
+
+
+def is_whole(path: Path, expected: str | None) -> bool:
+    """Say whether a shard is there with the expected checksum."""
+    return path.exists() and checksum(path) == expected
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read the description of a cache.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and call cache_teacher again.") from error
+    return index
+
+
+def record_dtype(shapes: Mapping[str, list[int]], top_k: int | None) -> np.dtype[Any]:
+    """Returns the layout of a record for targets of these shapes (without the batch)."""
+    fields: list[tuple[Any, ...]] = [("seed", "<u8"), ("image", "<u4")]
+    for name, shape in shapes.items():
+        if is_logits(name):
+            count = kept_logits(shape[0], top_k)
+            fields += [(f"{name}.top", "<f2", (count,)), (f"{name}.ids", "<u2", (count,)), (f"{name}.rest", "<f4")]
+        else:
+            fields += [(name, "<f2", tuple(shape)), (f"{name}.scale", "<f4")]
+    return np.dtype(fields)
+
+
+def is_logits(name: str) -> bool:
+    """Say whether a target holds logits, of which a record keeps the largest."""
+    return name == "logits" or name.endswith(".logits")
+
+
+def kept_logits(classes: int, top_k: int | None) -> int:
+    """Return the number of logits in a record."""
+    return classes if top_k is None else min(classes, top_k)

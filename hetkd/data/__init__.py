@@ -1,0 +1,1 @@
+"""Images from folders, datasets and tensors, and the seeds that make them reproducible."""

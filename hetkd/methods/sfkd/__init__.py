@@ -1,0 +1,1 @@
+"""SFKD: wavelet sub-bands, their refinement (DS2S), and the Gaussian-filtered frequency loss (GFFL)."""

@@ -1,0 +1,31 @@
+"""What Hugging Face's configurations tell: names of classes, and settings of image processors."""
+
+from contextlib import suppress
+from typing import Any
+
+
+def copy_label_names(teacher: Any, student: Any) -> None:
+    """Gives a Hugging Face student the names of its Hugging Face teacher's classes."""
+    names = getattr(getattr(teacher, "config", None), "id2label", None)
+    if names and len(names) == len(getattr(getattr(student, "config", None), "id2label", ())):
+        student.config.id2label = dict(names)
+        student.config.label2id = {name: index for index, name in names.items()}
+
+
+def image_processor_settings(config: Any) -> dict[str, Any]:
+    """Returns the settings of a Hugging Face model's image processor, from its files or its type's defaults."""
+    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    if getattr(config, "_name_or_path", ""):
+        with suppress(OSError, ValueError):  # the model may have come without an image processor
+            processor = AutoImageProcessor.from_pretrained(
+                config._name_or_path, local_files_only=True, trust_remote_code=False
+            )
+            return dict(processor.to_dict())
+    if type(config) not in IMAGE_PROCESSOR_MAPPING:
+        return {}
+    entry = IMAGE_PROCESSOR_MAPPING[type(config)]
+    classes = entry.values() if isinstance(entry, dict) else entry
+    processor_class = next(candidate for candidate in classes if candidate is not None)
+    return dict(processor_class().to_dict())

@@ -1,0 +1,109 @@
+"""Weights from files, strictly, and students back to disk in their library's own form."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hetkd.models.wrappers import architecture_name, unwrap
+from hetkd.utils.files import write_atomically
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a state dict into a model, strictly; timm models may have been built for another input size.
+
+    Args:
+        model: Of the same architecture.
+        path: A safetensors file, or a PyTorch file that holds nothing but tensors.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no weights file, or keys or shapes differ.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights={str(path)!r} does not exist.")
+    state = _read_state_dict(path)
+    expected = _shapes(model.state_dict())
+    if _shapes(state) != expected:
+        state = _fitted_by_timm(model, state)
+    if _shapes(state) != expected:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {_differences(expected, _shapes(state))}")
+    model.load_state_dict(state)
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _fitted_by_timm(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Converts weights as timm does its own: position embeddings to another input size, keys of original releases."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None or not type(model).__module__.startswith("timm."):
+        return state
+    try:
+        return dict(convert(dict(state), model))
+    except (KeyError, RuntimeError, ValueError):  # weights of another architecture; the caller tells what differs
+        return state
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a file of weights that can be read safely ({error}).") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} does not hold a state dict.")
+    return state
+
+
+def _differences(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> str:
+    missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    reshaped = [key for key in sorted(expected.keys() & given.keys()) if expected[key] != given[key]]
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    parts += [f"{key} has shape {given[key]} instead of {expected[key]}" for key in reshaped[:3]]
+    return "; ".join(parts) + "."
+
+
+def save_model(model: Any, path: str | Path) -> None:
+    """Saves a plain model with its library's own keys.
+
+    Args:
+        model: The model.
+        path: A file ending in ``.safetensors``; for a Hugging Face model also a directory, for
+            ``save_pretrained``.
+
+    Raises:
+        ValueError: If the path fits neither.
+    """
+    path, model = Path(path), unwrap(model)
+    if path.suffix != ".safetensors":
+        if not hasattr(model, "save_pretrained"):
+            raise ValueError(f"path={str(path)!r} must end in '.safetensors'.")
+        model.save_pretrained(path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "architecture": architecture_name(model)}
+    write_atomically(path, lambda temporary: save_tensors(model.state_dict(), temporary, metadata))
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes tensors, copied to contiguous memory of their own (tied weights included), as safetensors."""
+    from safetensors.torch import save
+
+    plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    path.write_bytes(save(plain, metadata))

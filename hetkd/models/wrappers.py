@@ -1,0 +1,29 @@
+"""What is inside of DDP, PEFT, Hugging Face's wrapper of timm, and what an architecture is called."""
+
+from typing import Any
+
+from torch import nn
+
+
+def unwrap(model: Any) -> Any:
+    """Returns the module inside of DDP, DataParallel and ``torch.compile``; other modules as they are."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
+def tapped_module(model: Any) -> Any:
+    """Returns the module that is tapped: that inside of `unwrap`, of PEFT, and of Hugging Face's wrapper of timm."""
+    model = unwrap(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return tapped_module(model.get_base_model())
+    is_wrapper = type(model).__module__.startswith("transformers.models.timm_wrapper")
+    return model.timm_model if is_wrapper and hasattr(model, "timm_model") else model
+
+
+def architecture_name(model: nn.Module) -> str:
+    """Returns timm's or Hugging Face's name of an architecture, or the name of the class."""
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and config.get("architecture"):
+        return str(config["architecture"])
+    return str(getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__)

@@ -1,0 +1,224 @@
+"""Training on Hugging Face Accelerate: set up, epochs, steps."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hetkd.data.images import TransformedImages
+from hetkd.data.seeding import restore_random_state
+from hetkd.distillation import Distillation
+from hetkd.training.accelerator import make_accelerator
+from hetkd.training.batches import Batch
+from hetkd.training.checkpoint import RunFolder
+from hetkd.training.evaluate import measure
+from hetkd.training.frozen import only_used_parameters
+from hetkd.training.options import TrainingOptions
+from hetkd.training.progress import TrainingProgress
+from hetkd.training.run import EpochPart, FitResult, Run
+from hetkd.training.saving import Saver, run_settings
+from hetkd.training.setup import set_up
+from hetkd.training.sharding import share_buffers, unsharded_weights
+from hetkd.training.terms import Terms, TrainingDiverged, refuse_broken_weights
+
+
+def fit(
+    distillation: Distillation,
+    train: Any,
+    val: Any,
+    *,
+    epochs: int,
+    output_dir: str | Path | None,
+    resume: bool,
+    options: dict[str, Any],
+) -> FitResult:
+    """Train; see `hetkd.Distiller.fit`."""
+    # set up
+    if distillation.teachers.cache is not None:
+        options = {"teacher_cache": distillation.teachers.cache, **options}
+    checked = TrainingOptions.from_mapping(options)
+    _check_arguments(distillation, epochs, output_dir, resume, checked)
+    folder = None if output_dir is None else RunFolder(output_dir, resume=resume, keep_last=checked.keep_last)
+    accelerator = make_accelerator(checked, None if folder is None else folder.path)
+    distillation.look_at_values_again()
+    # A student that FSDP is to shard may not fit on one device.
+    device = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
+    with only_used_parameters(distillation, device):
+        run = set_up(distillation, train, val, epochs, folder, checked, accelerator)
+        saver = Saver(run)
+        try:
+            if resume:
+                saver.resume()
+            # epochs
+            train_epochs(run, saver)
+            # hand the student back
+            if run.ema is not None:
+                distillation.student.load_state_dict(run.ema.module.state_dict())
+            if accelerator.is_fsdp2:
+                distillation.load_state_dict(unsharded_weights(run.model))
+        finally:
+            accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+            for tracker in accelerator.trackers:
+                tracker.finish()
+    return FitResult(run.state.history, run.state.best, None if folder is None else folder.path)
+
+
+def train_epochs(run: Run, saver: Saver) -> None:
+    """Train the epochs that are left; after a divergence go back to the last checkpoint, ``returns`` times at most."""
+    state, part = run.state, run.state.part
+    if state.epoch + (part.step > 0) > run.epochs:
+        raise ValueError(f"epochs={run.epochs}, but the run has trained more than that already.")
+    saver.start()
+    _start_trackers(run)
+    show = run.options.progress and run.accelerator.is_main_process
+    with (
+        TrainingProgress(run.epochs, run.train.count, state.epoch, part.step, enabled=show) as progress,
+        saver.signals,
+    ):
+        for note in run.notes:
+            progress.note(note)
+        if state.steps:
+            progress.note(f"going on after epoch {state.epoch}" + (f", step {part.step}" if part.step else ""))
+        while state.epoch < run.epochs:
+            try:
+                record = train_epoch(run, saver, progress)
+            except TrainingDiverged as error:
+                if run.folder is None or state.returned >= run.options.returns:
+                    raise
+                state.returned += 1
+                returns = f"{state.returned} of {run.options.returns}"
+                progress.note(f"{error} Going back to the last checkpoint ({returns}).")
+                saver.restore(go_back=True)
+            else:
+                end_epoch(run, saver, progress, record)
+
+
+def train_epoch(run: Run, saver: Saver, progress: TrainingProgress) -> dict[str, float]:
+    """Train one epoch, or the rest of one that was interrupted; return its record."""
+    from accelerate.utils import set_seed
+
+    state, part, options = run.state, run.state.part, run.options
+    processes = run.accelerator.num_processes
+    set_seed(state.seed(options.seed, processes), device_specific=True)
+    run.model.train()
+    terms = Terms(part, run.folder)
+    since = time.perf_counter() - part.seconds
+    for batch in run.train.epoch(state.order, part.step):
+        if part.random is not None:  # as it was after the last step before the interruption
+            restore_random_state(part.random)
+            part.random = None
+        part.step += 1
+        train_step(run, batch, terms)
+        part.images += len(batch.images)
+        state.steps += 1
+        progress.step()
+        if part.step % options.log_every == 0:
+            speed = part.images * processes / (time.perf_counter() - since)
+            progress.show(state.epoch, terms.read(), speed)
+        if part.step != run.train.count and saver.is_due():
+            terms.read()
+            refuse_broken_weights(run.distillation, state.epoch, run.device)
+            part.seconds = time.perf_counter() - since
+            saver.save_checkpoint()
+            saver.signals.obey()
+    if part.step == 0:
+        raise ValueError("train is empty: its loader yields no batch.")
+    terms.read()
+    refuse_broken_weights(run.distillation, state.epoch, run.device)
+    means, seconds = terms.means(run.accelerator), time.perf_counter() - since
+    return {
+        "epoch": float(state.epoch + 1),
+        "lr": float(run.optimizer.param_groups[0]["lr"]),
+        **{f"train/{name}": value for name, value in means.items()},
+        "images_per_second": part.images * processes / seconds,
+        "seconds": seconds,
+    }
+
+
+def train_step(run: Run, batch: Batch, terms: Terms) -> None:
+    """Forward, backward and, where gradients are not to be accumulated further, update."""
+    accelerator, state = run.accelerator, run.state
+    images, labels = run.mixing(batch.images, batch.labels)
+    with accelerator.accumulate(run.model):
+        if accelerator.sync_gradients and run.scheduler is not None:
+            run.scheduler.step_update(state.update)
+        try:
+            output = run.model(images, labels, batch.targets)
+            accelerator.backward(output.loss)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(_out_of_memory(len(images), run.options)) from error
+        terms.add(state.epoch, state.part.step, output.terms)
+        if accelerator.sync_gradients and run.options.clip_grad is not None:
+            accelerator.clip_grad_norm_(run.distillation.parameters(), run.options.clip_grad)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    if accelerator.sync_gradients:
+        state.update += 1
+        if run.ema is not None:
+            run.ema.update(run.distillation.student, step=state.update)
+
+
+def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, record: dict[str, float]) -> None:
+    """Evaluate, record and save a whole epoch."""
+    state = run.state
+    _report_unreadable(run, record, progress)
+    student: nn.Module = run.distillation.student if run.ema is None else run.ema.module
+    if run.accelerator.num_processes > 1:
+        share_buffers(run.distillation)
+        if run.ema is not None:
+            share_buffers(run.ema.module)
+    if run.val is not None:
+        record |= measure(run.distillation, student, run.val, run.device, run.accelerator)
+    state.history.append(record)
+    run.accelerator.log(record, step=state.epoch + 1)
+    progress.epoch_done(record)
+    is_best = run.val is None or record["top1"] > state.best.get("top1", -1.0)
+    if is_best:
+        state.best, state.best_checkpoint = record, state.steps
+    state.epoch, state.part = state.epoch + 1, EpochPart()
+    saver.save_epoch(student, is_best)
+
+
+def _check_arguments(
+    distillation: Distillation, epochs: int, output_dir: str | Path | None, resume: bool, options: TrainingOptions
+) -> None:
+    if not (isinstance(epochs, int) and epochs >= 1):
+        raise ValueError(f"epochs={epochs!r} must be a whole number of at least 1.")
+    if not any(parameter.requires_grad for parameter in distillation.student.parameters()):
+        raise ValueError("all parameters of the student are frozen: call student.requires_grad_(True).")
+    if resume and output_dir is None:
+        raise ValueError("resume=True needs the output_dir of the run to go on with.")
+    if output_dir is None:
+        for name in ("returns", "checkpoint_steps"):
+            if getattr(options, name):
+                raise ValueError(f"{name}={getattr(options, name)} needs an output_dir, where checkpoints go.")
+    if options.warmup_epochs > epochs:
+        raise ValueError(f"warmup_epochs={options.warmup_epochs} is more than epochs={epochs}.")
+
+
+def _start_trackers(run: Run) -> None:
+    if run.options.trackers:
+        simple = {name: x for name, x in run_settings(run).items() if isinstance(x, (bool, int, float, str))}
+        run.accelerator.init_trackers("hetkd", config=simple)
+
+
+def _report_unreadable(run: Run, record: dict[str, float], progress: TrainingProgress) -> None:
+    dataset = run.train.dataset
+    if not (isinstance(dataset, TransformedImages) and dataset.skip_unreadable):
+        return
+    unreadable = run.accelerator.reduce(dataset.unreadable.to(run.device, torch.int32))
+    bad = unreadable.nonzero()[:, 0].tolist()
+    record["unreadable_images"] = float(len(bad))
+    if bad:
+        some = ", ".join(dataset.name_of(index) for index in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        progress.note(f"{len(bad)} images cannot be read and were skipped: {some}")
+
+
+def _out_of_memory(batch: int, options: TrainingOptions) -> str:
+    accumulation = 2 * options.gradient_accumulation
+    return (
+        f"a batch of {batch} images does not fit in memory: batch_size={max(1, batch // 2)} with "
+        f"gradient_accumulation={accumulation} has the same effective batch; mixed_precision='bf16' also helps."
+    )

@@ -1,0 +1,138 @@
+"""A training run: its parts, which are made once, and its state, which is saved and restored."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetkd.distillation import Distillation
+from hetkd.training.batches import Batches, TargetMaker
+from hetkd.training.checkpoint import RunFolder
+from hetkd.training.options import TrainingOptions
+
+_NEXT_ORDER = 1_000_003
+"""Added to the seed and the number of the epoch after each return: another order of the data, the same in each run."""
+
+
+@dataclass
+class FitResult:
+    """The result of a training run.
+
+    Attributes:
+        history: One record an epoch: ``epoch`` (from 1), ``lr``, ``train/TERM`` (mean of each loss term),
+            ``images_per_second``, ``seconds``, and with validation data ``top1``, ``top5``, ``loss``.
+        best: The record with the highest ``top1`` (without validation data: the last one).
+        output_dir: The folder with the files of the run, or ``None``.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    output_dir: Path | None = None
+
+
+@dataclass
+class EpochPart:
+    """The finished part of an epoch; by default nothing.
+
+    Attributes:
+        step: Number of steps.
+        images: Number of images of this process.
+        seconds: Time of these steps.
+        names: Names of the loss terms.
+        sums: ``[terms]``, float64: the sums of the loss terms over ``count`` steps.
+        count: Number of steps in ``sums``.
+        random: Random states to restore before the next step, after an interruption.
+    """
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    names: list[str] = field(default_factory=list)
+    sums: Tensor | None = None
+    count: int = 0
+    random: dict[str, Tensor] | None = None
+
+
+@dataclass
+class RunState:
+    """How far a run is; a checkpoint holds it, beside weights and optimizer.
+
+    Attributes:
+        epoch: Number of whole epochs.
+        part: The finished part of the next one.
+        update: Number of updates of the weights.
+        steps: Number of steps in all epochs; it names the checkpoints.
+        returned: How many times the run went back to a checkpoint after it diverged.
+        history: See `FitResult`.
+        best: See `FitResult`.
+        best_checkpoint: The number of the checkpoint of the best epoch.
+    """
+
+    epoch: int = 0
+    part: EpochPart = field(default_factory=EpochPart)
+    update: int = 0
+    steps: int = 0
+    returned: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    best_checkpoint: int | None = None
+
+    @property
+    def order(self) -> int:
+        """The number that the order of the data and the augmentation of this epoch depend on."""
+        return self.epoch + self.returned * _NEXT_ORDER
+
+    def seed(self, seed: int, processes: int) -> int:
+        """Return the seed of this epoch, for a run of ``processes`` processes with this seed."""
+        return seed + self.epoch * processes + self.returned * _NEXT_ORDER
+
+
+@dataclass
+class Run:
+    """The parts of a run.
+
+    Attributes:
+        whole: The user's distillation.
+        distillation: The one that is trained: the same, or its copy under FSDP.
+        model: Its wrapper (DDP, FSDP, DeepSpeed), or itself.
+        optimizer: As Accelerate wraps it.
+        scheduler: timm's, or ``None`` where the number of updates is unknown.
+        ema: timm's average of the student's weights, or ``None``.
+        train: Training data, batch by batch.
+        val: A loader, or ``None``.
+        mixing: Augments and mixes batches.
+        accelerator: Accelerate's.
+        folder: The output folder, or ``None``.
+        options: Of `fit`.
+        epochs: How many to train in all.
+        keeps_checkpoints: Whether the run can be resumed.
+        fingerprints: What tells training data and teachers from others.
+        notes: What to tell the user at the start.
+        state: How far the run is.
+    """
+
+    whole: Distillation
+    distillation: Distillation
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    ema: Any
+    train: Batches
+    val: Any
+    mixing: TargetMaker
+    accelerator: Any
+    folder: RunFolder | None
+    options: TrainingOptions
+    epochs: int
+    keeps_checkpoints: bool
+    fingerprints: dict[str, Any]
+    notes: list[str]
+    state: RunState = field(default_factory=RunState)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self.accelerator.device
+        return device

@@ -1,0 +1,143 @@
+"""Sets a run up: data, optimizer, schedule, and how they are spread over devices and processes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from hetkd.cache.fingerprints import check_cache, fingerprint_data
+from hetkd.cache.images import CachedImages
+from hetkd.cache.records import TeacherCache
+from hetkd.data.images import TensorImages, TransformedImages, length, make_loader
+from hetkd.distillation import Distillation
+from hetkd.training.accelerator import fused_update, prepare, uses_deepspeed
+from hetkd.training.batches import Batches, TargetMaker, shared_out
+from hetkd.training.checkpoint import RunFolder
+from hetkd.training.evaluate import eval_loader
+from hetkd.training.options import TrainingOptions
+from hetkd.training.run import Run
+from hetkd.training.sharding import copy_for_sharding, place_teachers
+
+
+def set_up(
+    distillation: Distillation,
+    train: Any,
+    val: Any,
+    epochs: int,
+    folder: RunFolder | None,
+    options: TrainingOptions,
+    accelerator: Any,
+) -> Run:
+    """Make the parts of a run.
+
+    Raises:
+        ValueError: If the data do not fit the models, the method or the options.
+    """
+    from timm.optim import create_optimizer_v2
+    from timm.utils import ModelEmaV3
+
+    whole, notes = distillation, []
+    cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
+    train_loader = _train_loader(whole, train, options, cache)
+    val_loader = None if val is None else eval_loader(whole, val, 2 * options.batch_size, options.num_workers)
+    if isinstance(options.augment, str) and whole.normalized:
+        raise ValueError(
+            f"augment={options.augment!r} works on images in [0, 1], but normalized=... says that the loader has "
+            "normalised them: augment in the loader, or leave its normalisation and normalized=... out."
+        )
+    mixing = TargetMaker(options, whole.classes)
+    if accelerator.is_fsdp2 and not isinstance(val_loader, DataLoader | None):
+        raise ValueError("val must be data or a DataLoader under FSDP, whose processes evaluate in step.")
+    batches = Batches(train_loader, whole, mixing, options, accelerator, cache)
+    place_teachers(whole.teachers, options.teacher_placement, accelerator)
+    if accelerator.is_fsdp2:
+        distillation = copy_for_sharding(whole)
+    optimizer = create_optimizer_v2(
+        distillation,
+        opt=options.optimizer,
+        lr=options.peak_lr,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        **fused_update(options.optimizer, accelerator),
+    )
+    model, optimizer = prepare(distillation, optimizer, accelerator, options, batches.size)
+    if options.compile:
+        distillation.compile()
+    keeps_checkpoints = folder is not None
+    if folder is not None and uses_deepspeed(accelerator):
+        keeps_checkpoints = False
+        notes.append("DeepSpeed: students are saved after each epoch, but no checkpoint to resume from.")
+    return Run(
+        whole=whole,
+        distillation=distillation,
+        model=model,
+        optimizer=optimizer,
+        scheduler=_make_scheduler(optimizer.optimizer, options, epochs, batches.updates),
+        ema=None if options.ema is None else ModelEmaV3(whole.student, decay=options.ema, use_warmup=True),
+        train=batches,
+        val=None if val_loader is None else shared_out(val_loader, whole.classes, accelerator),
+        mixing=mixing,
+        accelerator=accelerator,
+        folder=folder,
+        options=options,
+        epochs=epochs,
+        keeps_checkpoints=keeps_checkpoints,
+        fingerprints={} if folder is None else _fingerprints(train_loader, whole),
+        notes=notes,
+    )
+
+
+def _train_loader(
+    distillation: Distillation, train: Any, options: TrainingOptions, cache: TeacherCache | None
+) -> Iterable[Any]:
+    def with_cache(dataset: TransformedImages) -> CachedImages:
+        assert cache is not None
+        cache.verify()
+        check_cache(cache, distillation.teachers, dataset)
+        return CachedImages(dataset, cache)
+
+    return make_loader(
+        train,
+        what="train",
+        size=distillation.loading_size,
+        spec=distillation.student_inputs.spec,
+        batch_size=options.batch_size,
+        train=True,
+        num_workers=options.num_workers,
+        seed=options.seed if cache is None else cache.about["seed"],
+        skip_unreadable=options.unreadable == "skip",
+        wrap=None if cache is None else with_cache,
+    )
+
+
+def _make_scheduler(optimizer: Any, options: TrainingOptions, epochs: int, updates: int | None) -> Any:
+    """Make timm's schedule; ``None`` where the number of updates an epoch is unknown."""
+    from timm.scheduler import create_scheduler_v2
+
+    if updates is None:
+        return None
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=options.scheduler,
+        num_epochs=epochs,
+        warmup_epochs=options.warmup_epochs,
+        warmup_prefix=False,
+        warmup_lr=options.warmup_lr or options.peak_lr / 100,
+        min_lr=min(options.min_lr, options.peak_lr),
+        step_on_epochs=False,
+        decay_epochs=options.decay_epochs,
+        decay_rate=1.0 if options.scheduler == "poly" else options.decay_rate,
+        updates_per_epoch=updates,
+    )
+    return scheduler
+
+
+def _fingerprints(loader: Iterable[Any], distillation: Distillation) -> dict[str, Any]:
+    """Return what tells the training data and the teachers from others, for records of the run."""
+    dataset: Any = getattr(loader, "dataset", None)
+    own = isinstance(dataset, (TransformedImages, TensorImages))
+    return {
+        "train_images": length(dataset),
+        "train_data": fingerprint_data(dataset) if own else None,
+        "teachers": distillation.teachers.fingerprints(),
+    }

@@ -1,0 +1,1 @@
+"""Checks, files, processes, compilation: nothing here knows of distillation."""
