@@ -165,7 +165,7 @@ def _bind(method: Method, teachers: Sequence[Tap], student: Tap, stages: Sequenc
     for number, (teacher, part) in enumerate(zip(teachers, parts, strict=True)):
         pairs += [replace(pair, source=number) for pair in _pairs_with(teacher, student, part, stages)]
     method.bind(pairs)
-    student.select([pair.student.name for pair in pairs])
+    student.select([pair.student.name for pair in method.pairs or ()])
     for teacher, part in zip(teachers, parts, strict=True):
         teacher.select(part.teacher_stages())
 

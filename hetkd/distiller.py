@@ -31,13 +31,13 @@ class Distiller(Distillation):
         method: A name of `hetkd.list_methods`, a `hetkd.Method` object, or a list of both, which `hetkd.Combined` adds
             up.
         num_classes: Number of classes of a student given as a string.
-        stages: Overrides the automatic pairing: rows of it (``[2, 3]``), student stages by name, or
-            ``(teacher, student)`` pairs of names. Names are those of the plan, or paths of any modules that yield
-            feature maps (``"layer4.1"``).
+        stages: Overrides the automatic pairing: rows of it (``[2, 3]``), student stages by name, or ``(teacher,
+            student)`` pairs of names. Names are those of the plan, or paths of any modules that yield feature maps
+            (``"layer4.1"``).
         teacher_weights: A factor for the terms of each of several teachers; ``None``: equal ones with sum 1.
-        input_size: Pixels, a number or ``(height, width)``, for the student; or
-            ``{"teacher": ..., "student": ...}``, with a list of sizes for several teachers. Each model defaults to the
-            size it was made for; images of other sizes are resized for each model.
+        input_size: Pixels, a number or ``(height, width)``, for the student; or ``{"teacher": ..., "student": ...}``,
+            with a list of sizes for several teachers. Each model defaults to the size it was made for; images of other
+            sizes are resized for each model.
         normalized: ``(mean, std)`` that the loader normalised the images with. Otherwise images are float in [0, 1] or
             uint8. Each model gets its own normalisation.
         **method_options: Options of the method, when it is given by name.

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +74,7 @@ class Teachers(Sequence[nn.Module]):
         """The folder that stands in for the models, if they are not here."""
         return None
 
-    @overload
-    def __getitem__(self, index: int) -> nn.Module: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[nn.Module]: ...
-    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
+    def __getitem__(self, index: Any) -> Any:
         return [tap.model for tap in self.live][index]
 
     def __len__(self) -> int:

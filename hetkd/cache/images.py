@@ -10,7 +10,7 @@ class CachedImages(TransformedImages):
     """A training set whose samples come with the teacher's records: (image, label, record); -1 stands for no label.
 
     Args:
-        images: The training set; its epochs take the cached views in a circle.
+        images: The training set; epoch e uses view e modulo the number of views.
         cache: Made of these images.
     """
 
@@ -24,5 +24,5 @@ class CachedImages(TransformedImages):
         return image, label, self.cache.record(self.epoch, index, image)
 
     def start_epoch(self, epoch: int) -> None:
-        """Takes the view of this epoch; see `TransformedImages.start_epoch`."""
+        """Use the view of this epoch; see `TransformedImages.start_epoch`."""
         super().start_epoch(epoch % self.cache.about["views"])

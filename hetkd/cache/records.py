@@ -22,9 +22,9 @@ SHARD_RECORDS = 16_384
 class TeacherCache:
     """A folder of cached targets: fixed-size records in memory-mapped shards, and an index that describes them.
 
-    A record holds the seed of the image's augmentation, a checksum of the image as it was loaded, the ``top_k``
-    largest logits in half precision (the others share what is left of the probability), and each further target of
-    `hetkd.Method.encode` in half precision with a scale.
+    A record holds the seed of the image's augmentation, a checksum of the loaded image, the ``top_k`` largest logits in
+    half precision (the others share the rest of the probability), and each other target of `hetkd.Method.encode` in
+    half precision with a scale.
 
     Args:
         path: The folder.
@@ -49,7 +49,7 @@ class TeacherCache:
         self._shards: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves open files out, which processes that load data would get the content of."""
+        """Leave open files out: a loading process would get a copy of their content."""
         return {**vars(self), "_shards": {}}
 
     def _expected_shards(self) -> set[str]:
@@ -57,11 +57,11 @@ class TeacherCache:
 
     @property
     def teachers(self) -> list[RecordedTeacher]:
-        """What is known of the teachers without their weights."""
+        """The cached teachers, without their weights."""
         return [RecordedTeacher.from_json(str(self.path), values) for values in self.about["teachers"]]
 
     def verify(self) -> None:
-        """Reads everything once and compares checksums.
+        """Read everything once and compare checksums.
 
         Raises:
             ValueError: If a shard is damaged.
@@ -73,7 +73,7 @@ class TeacherCache:
                 )
 
     def record(self, view: int, index: int, image: Tensor) -> dict[str, Tensor]:
-        """Returns the record of image ``index`` in ``view``, as tensors.
+        """Return the record of image ``index`` in ``view``, as tensors.
 
         Raises:
             ValueError: If it is the record of another image.
@@ -94,7 +94,7 @@ class TeacherCache:
         }
 
     def targets(self, records: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turns a batch of records back into the targets that `hetkd.Method.forward` takes, in float32."""
+        """Turn a batch of records back into targets for `hetkd.Method.forward`, in float32."""
         targets: dict[str, Tensor] = {}
         for name in self.about["shapes"]:
             if is_logits(name):
@@ -111,19 +111,19 @@ class TeacherCache:
 
 
 def image_checksum(image: Tensor) -> int:
-    """Returns a checksum of an image as it was loaded."""
+    """Return a checksum of an image as it was loaded."""
     return zlib.crc32(image.cpu().contiguous().numpy().tobytes())
 
 
 def shards(samples: int, views: int) -> Iterator[tuple[str, int, range]]:
-    """Yields name, view and image indices of every shard."""
+    """Yield name, view and image indices of every shard."""
     for view in range(views):
         for number, start in enumerate(range(0, samples, SHARD_RECORDS)):
             yield shard_name(view, number), view, range(start, min(samples, start + SHARD_RECORDS))
 
 
 def shard_name(view: int, number: int) -> str:
-    """Returns the file name of a shard."""
+    """Return the file name of a shard."""
     return f"view{view:03d}-{number:05d}.bin"
 
 
@@ -146,7 +146,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def record_dtype(shapes: Mapping[str, list[int]], top_k: int | None) -> np.dtype[Any]:
-    """Returns the layout of a record for targets of these shapes (without the batch)."""
+    """Return the layout of a record for targets of these shapes (without the batch)."""
     fields: list[tuple[Any, ...]] = [("seed", "<u8"), ("image", "<u4")]
     for name, shape in shapes.items():
         if is_logits(name):

@@ -15,7 +15,7 @@ _FUSED = ("adam", "adamw", "sgd")
 
 
 def make_accelerator(options: TrainingOptions, folder: Path | None) -> Any:
-    """Makes the `accelerate.Accelerator` of a run, as the options and ``accelerate launch`` say.
+    """Make the `accelerate.Accelerator` of a run, as the options and ``accelerate launch`` say.
 
     Raises:
         RuntimeError: If other processes were launched than train together.
@@ -60,18 +60,18 @@ def make_accelerator(options: TrainingOptions, folder: Path | None) -> Any:
 
 @atexit.register
 def _end_gloo() -> None:
-    """Ends Gloo's threads before the interpreter: one that frees a tensor later aborts the process (pytorch#179291)."""
+    """End Gloo's threads before the interpreter: one that frees a tensor later aborts the process (pytorch#179291)."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 
 def uses_deepspeed(accelerator: Any) -> bool:
-    """Says whether DeepSpeed runs the training; its optimizer's state is in no checkpoint of `fit`."""
+    """Say whether DeepSpeed runs the training; its optimizer's state is in no checkpoint of `fit`."""
     return str(accelerator.distributed_type.value) == "DEEPSPEED"
 
 
 def fused_update(optimizer: str, accelerator: Any) -> dict[str, bool]:
-    """Returns the option of PyTorch's own optimizers that makes an update one kernel: six times faster on a CPU."""
+    """Return the option of PyTorch's own optimizers that makes an update one kernel: six times faster on a CPU."""
     is_plain = not (accelerator.is_fsdp2 or uses_deepspeed(accelerator))
     return {"fused": True} if optimizer in _FUSED and is_plain else {}
 
@@ -83,7 +83,7 @@ def prepare(
     options: TrainingOptions,
     batch_size: int,
 ) -> tuple[Any, Any]:
-    """Wraps or shards a distiller and its optimizer, as `accelerate.Accelerator.prepare` does.
+    """Wrap or shards a distiller and its optimizer, as `accelerate.Accelerator.prepare` does.
 
     Raises:
         ValueError: If DeepSpeed's configuration contradicts the options.
@@ -107,7 +107,7 @@ def prepare(
 
 
 def _fill_in(settings: dict[str, Any], options: TrainingOptions, batch_size: int) -> None:
-    """Fills in what DeepSpeed's configuration leaves open, before Accelerate does with figures of its own."""
+    """Fill in what DeepSpeed's configuration leaves open, before Accelerate does with figures of its own."""
     if settings.get("train_micro_batch_size_per_gpu", "auto") == "auto":
         settings["train_micro_batch_size_per_gpu"] = batch_size
     clip = options.clip_grad or 0.0

@@ -30,7 +30,7 @@ class Checkpoint:
 
     Attributes:
         tensors: Weights, optimizer moments and other tensors, by name.
-        values: Everything else, as JSON values.
+        values: All else, as JSON values.
         random: The random states of each process, by its rank.
     """
 
@@ -42,14 +42,14 @@ class Checkpoint:
 class RunFolder:
     """The output folder of one run.
 
-    It holds ``best.safetensors`` and ``last.safetensors`` (plain students), ``history.json``,
-    ``settings.json``, ``plan.txt``, and in ``checkpoints/`` one folder a checkpoint: tensors as safetensors, the
-    rest as JSON, and a manifest with a checksum of each file.
+    It holds ``best.safetensors`` and ``last.safetensors`` (plain students), ``history.json``, ``settings.json``,
+    ``plan.txt``, and in ``checkpoints/`` one folder a checkpoint: tensors as safetensors, the rest as JSON, and a
+    manifest with a checksum of each file.
 
     Args:
         path: The folder.
-        resume: Whether a run in it goes on.
-        keep_last: How many checkpoints stay.
+        resume: Whether to go on with a run in it.
+        keep_last: Number of checkpoints to keep.
 
     Raises:
         FileExistsError: If it holds a run and ``resume`` is false.
@@ -66,7 +66,7 @@ class RunFolder:
             )
 
     def start(self, settings: dict[str, Any], plan: str) -> None:
-        """Writes what is known before the training, and removes what an interrupted writing left."""
+        """Write settings and plan, and remove the leftovers of an interrupted write."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / SETTINGS, settings)
         write_atomically(self.path / "plan.txt", lambda temporary: _write_text(temporary, plan + "\n"))
@@ -74,32 +74,32 @@ class RunFolder:
             shutil.rmtree(leftover)
 
     def save_student(self, student: nn.Module, name: str) -> None:
-        """Saves a plain student under ``BEST`` or ``LAST``."""
+        """Save a plain student under ``BEST`` or ``LAST``."""
         save_model(student, self.path / name)
 
     def save_history(self, history: list[dict[str, float]]) -> None:
-        """Writes the history so far."""
+        """Write the history so far."""
         write_json(self.path / HISTORY, history)
 
     def load_settings(self) -> dict[str, Any] | None:
-        """Returns the settings of the run in this folder, or ``None`` if there is none yet."""
+        """Return the settings of the run in this folder, or ``None`` if there is none yet."""
         path = self.path / SETTINGS
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def open_checkpoint(self, number: int) -> Path:
-        """Returns a temporary folder for checkpoint ``number``; the same for every process."""
+        """Return a temporary folder for checkpoint ``number``; the same for every process."""
         temporary = self.checkpoints / f".{_name(number)}.tmp"
         temporary.mkdir(parents=True, exist_ok=True)
         return temporary
 
     def save_random(self, number: int, rank: int, random: dict[str, Tensor]) -> None:
-        """Writes the random states of one process into the open checkpoint ``number``."""
+        """Write the random states of one process into the open checkpoint ``number``."""
         save_file(random, self.open_checkpoint(number) / _random_name(rank))
 
     def save_checkpoint(
         self, number: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int | None = None
     ) -> None:
-        """Completes checkpoint ``number``, visible in one step, and then removes old ones except ``keep``."""
+        """Complete checkpoint ``number``, visible in one step, and then removes old ones except ``keep``."""
         temporary, final = self.open_checkpoint(number), self.checkpoints / _name(number)
         save_file(tensors, temporary / _TENSORS)
         (temporary / _VALUES).write_text(json.dumps(values), encoding="utf-8")
@@ -116,7 +116,7 @@ class RunFolder:
             shutil.rmtree(self.checkpoints / _name(other))
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """Returns the newest whole checkpoint, or ``None`` if there is none yet.
+        """Return the newest whole checkpoint, or ``None`` if there is none yet.
 
         A damaged one is reported by a warning, and the one before it used.
 

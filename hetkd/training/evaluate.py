@@ -18,14 +18,14 @@ WITHOUT_LABELS = "val has images without labels, which say nothing of accuracy: 
 
 
 def evaluate(distillation: Distillation, data: Any, *, batch_size: int) -> dict[str, float]:
-    """Evaluates the student of a distiller on the device where it is; see `hetkd.Distiller.evaluate`."""
+    """Evaluate the student of a distiller on the device where it is; see `hetkd.Distiller.evaluate`."""
     loader = eval_loader(distillation, data, batch_size, num_workers=0)
     device = next(distillation.student.parameters()).device
     return measure(distillation, distillation.student, loader, device)
 
 
 def eval_loader(distillation: Distillation, data: Any, batch_size: int, num_workers: int) -> Iterable[Any]:
-    """Makes a loader in the order of the data, with every image.
+    """Make a loader in the order of the data, with every image.
 
     Raises:
         ValueError: If the student has no classifier, or the data no labels.
@@ -52,15 +52,15 @@ def eval_loader(distillation: Distillation, data: Any, batch_size: int, num_work
 def measure(
     distillation: Distillation, model: nn.Module, loader: Iterable[Any], device: torch.device, accelerator: Any = None
 ) -> dict[str, float]:
-    """Measures accuracy and cross-entropy of ``model``, a module of the student's architecture.
+    """Measure accuracy and cross-entropy of ``model``, a module of the student's architecture.
 
     Args:
-        distillation: Knows the student's input transform and what images to expect.
+        distillation: Prepares images for the student.
         model: The student, or the average of its weights.
-        loader: Of images and labels.
+        loader: Yields batches of images and labels.
         device: Where to compute.
-        accelerator: Puts the results of all processes together, if given: those of a ``DataLoader`` that it
-            shared out without the samples that even batches repeat; any other loader is a process's own share.
+        accelerator: Gathers the results of all processes, if given. A ``DataLoader`` was shared out by it, and samples
+            that even batches repeat count once; any other loader is a process's own share.
 
     Returns:
         ``{"top1", "top5", "loss"}``, accuracies in percent.

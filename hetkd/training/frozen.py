@@ -12,10 +12,10 @@ from hetkd.features.hooks import eval_mode
 
 @contextmanager
 def only_used_parameters(distillation: Distillation, device: torch.device) -> Iterator[None]:
-    """Freezes, while the context lasts, the student's parameters that no loss of the method depends on.
+    """Freeze, while the context lasts, the student's parameters that no loss of the method depends on.
 
-    A classifier without a loss on logits, or layers behind the last tapped stage, get no gradient, for which
-    DDP would wait. They are found by a forward and a backward of two images in eval mode.
+    DDP would wait for their gradients: those of a classifier without a loss on logits, or of layers behind the last
+    tapped stage. A forward and a backward of two images in eval mode find them.
     """
     unused = _unused_parameters(distillation, device)
     for parameter in unused:

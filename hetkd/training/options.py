@@ -18,46 +18,46 @@ class TrainingOptions:
     """How `hetkd.Distiller.fit` trains.
 
     Attributes:
-        batch_size: Images a step and process, of data that is not a loader.
+        batch_size: Images a step and process; a loader has its own batch size.
         optimizer: A name of timm's optimizers: ``"adamw"``, ``"sgd"``, ``"lamb"``, ...
         lr: Peak learning rate; ``None``: 1e-3 for adamw, 0.05 for sgd, 5e-3 for lamb.
-        weight_decay: For weights; biases and norms have none.
-        momentum: Of SGD.
+        weight_decay: Decay of weights; biases and norms have none.
+        momentum: SGD momentum.
         scheduler: One of timm's: ``"cosine"``, ``"tanh"``, ``"poly"`` (a straight line), ``"step"`` or ``"constant"``.
-        decay_epochs: Of the schedule ``"step"``: epochs between two steps.
-        decay_rate: Of the schedule ``"step"``: the factor of a step.
-        warmup_epochs: Of linear warm-up; part of ``epochs``.
-        warmup_lr: Where the warm-up starts; ``None``: ``lr / 100``.
-        min_lr: Where the schedule ends.
-        mixed_precision: ``"no"``, ``"bf16"``, ``"fp16"``, or ``None``: as ``accelerate launch`` says.
+        decay_epochs: Epochs between two steps of the schedule ``"step"``.
+        decay_rate: Factor of a step of the schedule ``"step"``.
+        warmup_epochs: Epochs of linear warm-up; they are part of ``epochs``.
+        warmup_lr: Learning rate at the start of the warm-up; ``None``: ``lr / 100``.
+        min_lr: Learning rate at the end of the schedule.
+        mixed_precision: ``"no"``, ``"bf16"``, ``"fp16"``, or ``None``: the choice of ``accelerate launch``.
         gradient_accumulation: Batches an update.
         clip_grad: Largest norm of the gradient, or ``None``.
         ema: Decay of the average of the student's weights, e.g. 0.9999; ``None``: no average.
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
-        label_smoothing: Of the hard labels; the teacher's part is left as it is.
+        label_smoothing: Smoothing of hard labels; the teacher's term does not change.
         augment: Augmentation of batches on the training device: ``"light"`` (shift and flip) or ``"strong"`` (also
             RandAugment and erasing), presets of kornia (`hetkd.data.augment.Augmentation`), or any function of images
             ``[B, C, H, W]`` in [0, 1], for example a ``kornia.augmentation.AugmentationSequential``.
-        num_workers: Processes that load data that is not a loader.
-        unreadable: What an image file of ``train`` that cannot be read does: ``"error"`` ends the run with its path,
-            ``"skip"`` puts the next image in its place, and counts and names it at the end of the epoch.
-        seed: Of data order, augmentation and initialisation of what is made in the run.
+        num_workers: Loading processes; a loader has its own.
+        unreadable: What to do with an unreadable image of ``train``: ``"error"`` ends the run with its path, ``"skip"``
+            takes the next image instead, and counts and names the bad ones at the end of the epoch.
+        seed: Seed of data order and augmentation.
         cpu: Train on the CPU although there is an accelerator.
-        checkpoint_steps: Steps between checkpoints within an epoch; ``None``: only as ``checkpoint_minutes``
-            says. One is always written at the end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
-        checkpoint_minutes: Minutes after which a checkpoint is written within an epoch, or ``None``.
-        keep_last: How many checkpoints are kept; the one before the last serves where the last is damaged.
+        checkpoint_steps: Steps between checkpoints within an epoch, or ``None``. A checkpoint is always written at the
+            end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
+        checkpoint_minutes: Minutes between checkpoints within an epoch, or ``None``.
+        keep_last: Number of checkpoints to keep; if the last is damaged, the one before it serves.
         keep_best: Keep the checkpoint of the best epoch too; ``best.safetensors``, its student, is always kept.
         progress: Show a progress bar and a line an epoch.
-        log_every: Steps between readings of the loss, and looks for NaN.
+        log_every: Steps between readings of the loss, which look for NaN.
         trackers: Names of Accelerate's trackers (``"tensorboard"``, ``"wandb"``, ``"mlflow"``, ...) or tracker objects:
             they get the settings, and the record of each epoch. Files go to ``output_dir``.
-        teacher_cache: A folder that `hetkd.Distiller.cache_teacher` made: the teacher is not run.
-        returns: How often a run that diverges (a loss or weight that is NaN or Inf) goes back to its last
-            checkpoint, and on from there with another order of the data; 0 ends it with an error.
+        teacher_cache: A folder that `hetkd.Distiller.cache_teacher` made; the teacher is not run.
+        returns: How many times to restart from the last checkpoint, with a new data order, after a NaN or Inf in a loss
+            or weight; 0 raises at once.
         teacher_placement: ``"device"``; ``"sharded"`` over all processes, or ``"offloaded"`` to main memory, for
-            teachers that do not fit: their blocks come to the device one after another as they run. They stay so.
+            teachers that do not fit: blocks move to the device only while they run; the placement lasts after ``fit``.
         compile: Call `hetkd.Distiller.compile` before the first step.
     """
 
@@ -159,7 +159,7 @@ class TrainingOptions:
 
     @classmethod
     def from_mapping(cls, options: dict[str, Any]) -> "TrainingOptions":
-        """Builds options from keywords.
+        """Build options from keywords.
 
         Raises:
             ValueError: If a name does not exist (the nearest ones are given) or a value is out of range.
@@ -168,7 +168,7 @@ class TrainingOptions:
         return cls(**options)
 
     def settings(self) -> dict[str, Any]:
-        """Returns the options as JSON values, for records of the run."""
+        """Return the options as JSON values, for records of the run."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             **values,

@@ -1,4 +1,4 @@
-"""What a person sees while training: a bar with loss terms, images/s and time left, and a line an epoch."""
+"""Progress in the terminal: a bar with loss terms, images/s and time left, and a line an epoch."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -12,11 +12,11 @@ class TrainingProgress:
     """A progress bar over all steps of a run.
 
     Args:
-        epochs: Of the run.
-        steps: Of an epoch, or ``None`` if the loader does not say.
-        first_epoch: Where it starts, after a resume.
-        first_step: Steps of this epoch that are done already.
-        enabled: False shows nothing.
+        epochs: Epochs of the run.
+        steps: Steps of an epoch, or ``None`` if the loader does not say.
+        first_epoch: The first epoch, from 0, after a resume.
+        first_step: Finished steps of this epoch.
+        enabled: ``False`` shows nothing.
     """
 
     def __init__(self, epochs: int, steps: int | None, first_epoch: int, first_step: int = 0, *, enabled: bool) -> None:
@@ -49,15 +49,15 @@ class TrainingProgress:
         self._bar.stop()
 
     def step(self) -> None:
-        """Counts one step."""
+        """Count one step."""
         self._bar.advance(self._task)
 
     def show(self, epoch: int, terms: Mapping[str, float], speed: float) -> None:
-        """Shows the newest loss terms and speed."""
+        """Show the newest loss terms and speed."""
         self._bar.update(self._task, epoch=epoch + 1, terms=_listed(terms), speed=speed)
 
     def epoch_done(self, record: Mapping[str, float]) -> None:
-        """Prints the line of an epoch."""
+        """Print the line of an epoch."""
         terms = {name.removeprefix("train/"): value for name, value in record.items() if name.startswith("train/")}
         parts = [
             f"epoch {int(record['epoch']):>3}/{self._epochs}",
@@ -69,7 +69,7 @@ class TrainingProgress:
         self._console.print("  ".join(parts), soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """Prints a line."""
+        """Print a line."""
         self._console.print(text, soft_wrap=True)
 
 

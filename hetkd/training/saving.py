@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hetkd.data.seeding import random_state
 from hetkd.training.checkpoint import BEST, LAST, Checkpoint
-from hetkd.training.run import EpochPart, Run
+from hetkd.training.run import EpochPart, Run, RunState
 from hetkd.training.sharding import load_sharded_state, sharded_state, unsharded_weights
 from hetkd.training.signals import Signals
 from hetkd.training.terms import TrainingDiverged
@@ -145,7 +145,7 @@ class Saver:
                 **({} if sums is None else {"terms": sums}),
             }
             values = {
-                **_state_values(run),
+                **_state_values(run.state),
                 "optimizer": optimizer_values,
                 "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
                 "settings": run_settings(run),
@@ -208,48 +208,26 @@ def run_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _state_values(run: Run) -> dict[str, Any]:
-    state, part = run.state, run.state.part
-    return {
-        "epoch": state.epoch,
-        "update": state.update,
-        "steps": state.steps,
-        "returned": state.returned,
-        "history": state.history,
-        "best": state.best,
-        "best_checkpoint": state.best_checkpoint,
-        "step": part.step,
-        "images": part.images,
-        "seconds": part.seconds,
-        "names": part.names,
-        "count": part.count,
-    }
+def _state_values(state: RunState) -> dict[str, Any]:
+    """Return the state as JSON values; sums and random states are saved as tensors."""
+    flat = {**vars(state), **vars(state.part)}
+    return {name: value for name, value in flat.items() if name not in ("part", "sums", "random")}
 
 
 def _restore_state(run: Run, saved: Checkpoint) -> None:
-    state, values = run.state, saved.values
-    state.epoch, state.update, state.steps = values["epoch"], values["update"], values["steps"]
-    state.returned = max(state.returned, values["returned"])
-    state.history, state.best = values["history"], values["best"]
-    state.best_checkpoint = values["best_checkpoint"]
-    state.part = _restored_part(run, saved) if values["step"] else EpochPart()
-
-
-def _restored_part(run: Run, saved: Checkpoint) -> EpochPart:
-    values, processes = saved.values, run.accelerator.num_processes
-    step, images = values["step"], values["images"]
-    before = values["settings"]["processes"]
-    if before != processes:  # the same part of the epoch, in batches of now
-        step, images = step * before // processes, images * before // processes
-    return EpochPart(
-        step,
-        images,
-        values["seconds"],
-        values["names"],
-        saved.tensors["terms"],
-        values["count"],
-        saved.random.get(run.accelerator.process_index) if before == processes else None,
-    )
+    values, state, part, processes = saved.values, run.state, EpochPart(), run.accelerator.num_processes
+    returned = max(state.returned, values["returned"])
+    if values["step"]:
+        for name in ("step", "images", "seconds", "names", "count"):
+            setattr(part, name, values[name])
+        part.sums, before = saved.tensors["terms"], values["settings"]["processes"]
+        if before == processes:
+            part.random = saved.random.get(run.accelerator.process_index)
+        else:  # the same part of the epoch, in batches of now
+            part.step, part.images = part.step * before // processes, part.images * before // processes
+    for name in ("epoch", "update", "steps", "history", "best", "best_checkpoint"):
+        setattr(state, name, values[name])
+    state.returned, state.part = returned, part
 
 
 def pack(state: Any) -> tuple[dict[str, Tensor], Any]:

@@ -12,18 +12,18 @@ from hetkd.teachers import Teachers, fingerprint_model
 from hetkd.utils.compiling import blocks
 
 _FORWARD_METHODS = ("forward_intermediates", "forward_features", "forward_head")
-"""What adapters call beside ``forward``."""
+"""Methods that adapters call beside ``forward``."""
 
 
 def place_teachers(teachers: Teachers, placement: str, accelerator: Any) -> None:
-    """Shards the teachers over the processes, or keeps them in main memory, block by block on the device as they run.
+    """Shard the teachers over the processes, or keeps them in main memory, block by block on the device as they run.
 
     Both are PyTorch's ``fully_shard``; offloading in one process is sharding over one.
 
     Args:
-        teachers: They stay so afterwards.
+        teachers: The placement lasts after the run.
         placement: ``"sharded"``, ``"offloaded"``, or ``"device"``: nothing is done.
-        accelerator: Of the run.
+        accelerator: The run's.
 
     Raises:
         ValueError: If an earlier run placed them elsewhere.
@@ -55,7 +55,7 @@ def place_teachers(teachers: Teachers, placement: str, accelerator: Any) -> None
 
 
 def copy_for_sharding(distillation: Distillation) -> Distillation:
-    """Returns a copy to be sharded by FSDP, which changes modules for good; the teachers are the same."""
+    """Return a copy to be sharded by FSDP, which changes modules for good; the teachers are the same."""
     memo: dict[int, Any] = {id(tap): tap for tap in distillation.teachers.taps}
     sharded = copy.deepcopy(distillation, memo)
     # Where Accelerate's wrapping policy looks for the blocks of a transformer.
@@ -64,7 +64,7 @@ def copy_for_sharding(distillation: Distillation) -> Distillation:
 
 
 def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Gathers the state dicts of a sharded model and its optimizer on the first process, in main memory."""
+    """Gather the state dicts of a sharded model and its optimizer on the first process, in main memory."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -73,7 +73,7 @@ def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[d
 def load_sharded_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], moments: dict[str, Any]
 ) -> None:
-    """Shards out what `sharded_state` gathered; every process has all of it."""
+    """Shard out what `sharded_state` gathered; every process has all of it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     set_state_dict(
@@ -86,7 +86,7 @@ def load_sharded_state(
 
 
 def unsharded_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Gathers the state dict of a sharded model in the main memory of every process, one tensor after another."""
+    """Gather the state dict of a sharded model in the main memory of every process, one tensor after another."""
     from torch.distributed.tensor import DTensor
 
     state: dict[str, Tensor] = model.state_dict()
@@ -94,7 +94,7 @@ def unsharded_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Gives all processes the buffers of the first one: running statistics, for example.
+    """Give all processes the buffers of the first one: running statistics, for example.
 
     DDP does so before each forward, but what is evaluated comes after the last.
     """
@@ -106,6 +106,6 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """Returns what this process holds of a parameter."""
+    """Return the part of a parameter that this process holds."""
     to_local: Any = getattr(parameter, "to_local", None)
     return parameter if to_local is None else to_local()

@@ -11,7 +11,7 @@ import torch
 from hetkd.utils.distributed import largest_of_processes
 
 SIGNALS = ("SIGUSR1", "SIGTERM", "SIGINT")
-"""Those that are heeded; of several in several processes the last of these counts."""
+"""The signals that are heeded; if processes get different ones, the last in this list counts."""
 _ONE_KEYSTROKE = 1.0
 """Seconds within which a second SIGINT is the first one, passed on by a launcher."""
 
@@ -19,11 +19,11 @@ _ONE_KEYSTROKE = 1.0
 class Signals:
     """Remembers a signal until the step is done and the checkpoint written.
 
-    SIGINT (Ctrl-C) and SIGTERM stop the run after a checkpoint, SIGUSR1 only asks for one. A second
-    SIGINT stops at once. A signal that one of several processes gets counts for all.
+    SIGINT (Ctrl-C) and SIGTERM stop the run after a checkpoint, SIGUSR1 only asks for one. A second SIGINT stops at
+    once. A signal that one of several processes gets counts for all.
 
     Args:
-        enabled: False leaves the signals as they are; so does a thread other than the main one.
+        enabled: ``False`` leaves the signals as they are; so does a thread other than the main one.
     """
 
     def __init__(self, *, enabled: bool) -> None:
@@ -52,7 +52,7 @@ class Signals:
         self.received, self._received_at = name, time.monotonic()
 
     def agree(self, device: torch.device) -> None:
-        """Makes a signal to one process one to all; all call it at the same point.
+        """Share the signal of one process with all; all call it at the same point.
 
         Args:
             device: Where the processes exchange tensors.
@@ -62,7 +62,7 @@ class Signals:
         self.agreed = SIGNALS[number - 1] if number else None
 
     def obey(self) -> None:
-        """Stops the run if a signal that was agreed on asked for it, now that the checkpoint is written.
+        """Stop the run if a signal that was agreed on asked for it, now that the checkpoint is written.
 
         Raises:
             KeyboardInterrupt: After SIGINT.

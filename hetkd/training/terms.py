@@ -1,4 +1,4 @@
-"""The loss terms of a training, collected without making any step wait."""
+"""The loss terms of a run, collected on the device so that no step waits for them."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class Terms:
-    """Collects loss terms on the device, and reads them now and then so that no step waits for it.
+    """The loss terms of an epoch: collected on the device, and read now and then.
 
     Args:
         part: Keeps their names, sums and count.
@@ -29,12 +29,12 @@ class Terms:
         self.pending: list[tuple[int, int, Tensor]] = []
 
     def add(self, epoch: int, step: int, terms: dict[str, Tensor]) -> None:
-        """Takes the terms of one step; nothing waits for them yet."""
+        """Take the terms of one step; nothing waits for them yet."""
         self.part.names = list(terms)
         self.pending.append((epoch, step, torch.stack([term.detach().float() for term in terms.values()])))
 
     def read(self) -> dict[str, float]:
-        """Returns the newest terms.
+        """Return the newest terms.
 
         Raises:
             TrainingDiverged: If a term was NaN or Inf since the last reading, in any process.
@@ -65,7 +65,7 @@ class Terms:
         )
 
     def means(self, accelerator: Any) -> dict[str, float]:
-        """Returns the means of the terms over the epoch and all processes."""
+        """Return the means of the terms over the epoch and all processes."""
         part = self.part
         assert part.sums is not None, "read comes first"
         means = accelerator.reduce((part.sums / part.count).float().to(accelerator.device), "mean")

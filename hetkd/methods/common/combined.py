@@ -83,6 +83,7 @@ class Composite(Method):
         for part, of_part in zip(self.methods, pairs, strict=True):
             part.classes = self.classes
             part.bind(of_part)
+        self.pairs = tuple(pair for part in self.methods for pair in part.pairs or ())
 
     def _shares(self) -> Iterable[tuple[int, Method, slice]]:
         """Yield each part with its number and its share of the stage pairs."""
@@ -178,17 +179,21 @@ class Combined(Composite):
             kd_weight=kd_weight,
             temperature=with_kl[0][1].temperature if with_kl else 1.0,
         )
-        self._automatic: list[list[StagePair]] | None = None
+        self._counts: list[int] | None = None  # of the parts' automatic pairs
 
     def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
         """Return those of all parts, one after the other; see `Method.automatic_pairs`."""
-        self._automatic = [part.automatic_pairs(pairs, pooled) for part in self.methods]
-        return [pair for of_part in self._automatic for pair in of_part]
+        of_parts = [part.automatic_pairs(pairs, pooled) for part in self.methods]
+        self._counts = [len(of_part) for of_part in of_parts]
+        return [pair for of_part in of_parts for pair in of_part]
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Give each part its automatic pairs, or each part that compares features the user's; see `Method.bind`."""
-        of_user = [pairs if part.compares_features else [] for part in self.methods]
-        self._bind_parts(self._automatic if self._automatic is not None else of_user)
+        if self._counts is None:
+            self._bind_parts([pairs if part.compares_features else [] for part in self.methods])
+        else:
+            rest = iter(pairs)
+            self._bind_parts([[next(rest) for _ in range(count)] for count in self._counts])
 
     def teacher_stages(self) -> list[str]:
         """Return those of all parts; see `Method.teacher_stages`."""
