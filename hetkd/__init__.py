@@ -2,8 +2,7 @@
 
 from hetkd import Distiller
 
-distiller = Distiller("hf:google/vit-base-patch16-224", "timm:resnet18", method="sfkd")
-print(distiller.plan)
+distiller = Distiller("hf:google/vit-base-patch16-224", "timm:resnet18", method="sfkd") print(distiller.plan)
 distiller.fit("imagenet/train", "imagenet/val", epochs=100, output_dir="runs/r18")
 distiller.save_student("resnet18.safetensors")
 """

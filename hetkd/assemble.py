@@ -221,7 +221,7 @@ def _make_plan(method: Method, teachers: Sequence[Tap], student: Tap) -> Plan:
         rows.append(PlanRow("logits", name, (teacher.classes or 0,), "", (student.classes or 0,), words, 0))
     taught_by = " + ".join(teacher.title for teacher in teachers) or "no teacher"
     title = f"{taught_by} -> {student.title}, method {method.title}"
-    return Plan(title, tuple(rows), count_parameters(method))
+    return Plan(title, tuple(rows), count_parameters(method), method.remark())
 
 
 def _row(method: Method, index: int, pair: StagePair, teachers: Sequence[Tap], student: Tap) -> PlanRow:

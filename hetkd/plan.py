@@ -8,8 +8,8 @@ class PlanRow:
     """One line of the plan: a stage pair, or the logits.
 
     Attributes:
-        stage: Row of the automatic pairing, as ``stages=`` takes it; ``"own"`` for a pair that is not
-            in it; or ``"logits"``.
+        stage: Row of the automatic pairing, as ``stages=`` takes it; ``"own"`` for a pair that is not in it; or
+            ``"logits"``.
         teacher: Path of the teacher's module.
         teacher_shape: ``(C, h, w)``, or ``(classes,)``.
         student: Path of the student's module.
@@ -34,12 +34,14 @@ class Plan:
     Attributes:
         title: Teacher, student, method.
         rows: One a stage pair that the method uses, and one for the logits if it uses these.
-        added_parameters: In all.
+        added_parameters: Their sum.
+        remark: A sentence below the table, or an empty string.
     """
 
     title: str
     rows: tuple[PlanRow, ...]
     added_parameters: int
+    remark: str = ""
 
     def __str__(self) -> str:
         header = ("stage", "teacher", "shape", "student", "shape", "match", "added parameters")
@@ -61,7 +63,9 @@ class Plan:
         ]
         rule = "  ".join("-" * width for width in widths)
         total = f"{self.added_parameters:,} parameters are added for the training and dropped after it."
-        return "\n".join([self.title, "", lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:]), "", total])
+        remark = [self.remark] if self.remark else []
+        table = [lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])]
+        return "\n".join([self.title, "", *table, "", total, *remark])
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -14,23 +14,24 @@ figures compare with nothing in print.
 """
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import compare
 import torch
 from accelerate import PartialState
-from image_data import Data, cifar100_split
 from PIL import Image
-from results import PeakMemory, read_rows, row_of, write_rows
 from timm.data import create_transform
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hetkd import Distiller, list_methods, load_model
+from hetkd.data import cifar100_split
 from hetkd.models import load_weights, save_model
 from hetkd.training import FitResult
+from hetkd.training.records import PeakMemory, read_rows, row_of, write_rows
 
 PIXELS, CLASSES = 224, 100
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -113,7 +114,7 @@ class Cifar100(Dataset[tuple[Tensor, int]]):
         **augmentation: Of `timm.data.create_transform`.
     """
 
-    def __init__(self, data: Data, *, training: bool, **augmentation: Any) -> None:
+    def __init__(self, data: tuple[Tensor, Tensor], *, training: bool, **augmentation: Any) -> None:
         self.images, self.labels = data[0].permute(0, 2, 3, 1).numpy(), data[1].tolist()
         self.transform = create_transform(
             PIXELS, is_training=training, interpolation="bicubic", mean=MEAN, std=STD, crop_pct=1.0, **augmentation
@@ -130,8 +131,11 @@ def main() -> None:
     """Fine-tunes a teacher, or distils one pair, or hands over to `compare.py`."""
     arguments = parse_arguments()
     if arguments.small:
-        compare.main(small_words(arguments))
-    elif arguments.finetune:
+        script = Path(__file__).with_name("compare.py")
+        if not script.exists():
+            raise SystemExit(f"cifar100.py: --small hands over to compare.py, which is not in {script.parent}.")
+        raise SystemExit(subprocess.call([sys.executable, str(script), *small_words(arguments)]))
+    if arguments.finetune:
         finetune(arguments)
     else:
         distil(arguments)

@@ -4,12 +4,14 @@
     python recipes/compare.py --dataset cifar100 --pairs convnext:deit vit:resnet18 --methods ce kd rsd sfkd
     python recipes/compare.py --dataset flowers/ --pixels 128 --methods kd kd+rsd uhkd --budget 120
 
-A pair is TEACHER:STUDENT, each a short name of `zoo.py` or one of timm's. A teacher that is not in `--teachers` is
-trained first (`train_teacher.py`). Stopped and started again, it goes on where it was. In the output folder:
+A pair is TEACHER:STUDENT, each a short name of `hetkd.models.small` or one of timm's. A teacher that is not in
+`--teachers`, where `train_teacher.py` puts them, is trained first.
+Stopped and started again, it goes on where it was. In the output folder:
 `results.jsonl` (one line a run), `table.md`, `gains.png`, `runs/` (students and histories).
 """
 
 import argparse
+import hashlib
 import itertools
 import sys
 import time
@@ -18,20 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import kornia.augmentation as K
 import torch
-from fashion import TEACHER
-from image_data import ImageData, augmentation, load_images
-from results import PeakMemory, Row, draw_gains, read_rows, row_of, write_rows, write_table
 from rich.console import Console
 from torch import nn
-from train_teacher import teacher_path, train_teacher
-from zoo import build
 
 from hetkd import Combined, Distiller, list_methods
-from hetkd.models import load_weights
+from hetkd.data import ImageData, load_images
+from hetkd.models import build_small, load_weights, save_model
 from hetkd.training import TrainingDiverged, TrainingOptions
-from hetkd.utils.files import checksum
+from hetkd.training.records import PeakMemory, Row, draw_gains, read_rows, row_of, write_rows, write_table
 
+ASSETS = Path(__file__).parent / "assets"
 FIT_OPTIONS = ("epochs", "batch_size", "optimizer", "lr", "warmup_epochs", "mixed_precision")
 console = Console(highlight=False, soft_wrap=True)
 
@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
     arguments = parse_arguments(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        data = load_images(arguments.dataset, arguments.pixels or 64).first(arguments.images).to(device)
+        data = load_data(arguments.dataset, arguments.pixels or 64).first(arguments.images).to(device)
         protocol = protocol_of(arguments, data)
         check_what_is_asked(arguments, data, protocol)
     except ValueError as error:
@@ -90,6 +90,21 @@ class Teacher:
     facts: dict[str, Any]
 
 
+def load_data(name: str, pixels: int) -> ImageData:
+    """Loads a data set; ``fashion`` is the part of Fashion-MNIST beside this script, or all of it."""
+    if name != "fashion":
+        return load_images(name, pixels)
+    if not (ASSETS / "fashion_mnist").is_dir():
+        return load_images("fashion-mnist")
+    data = load_images(str(ASSETS / "fashion_mnist"))
+    return ImageData(name, data.train, data.test, data.classes)
+
+
+def augmentation(data: ImageData) -> Any:
+    """Returns a shift and a flip for colour images, a flip for grey ones."""
+    return "light" if data.channels == 3 else K.RandomHorizontalFlip(p=0.5)
+
+
 def protocol_of(arguments: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     """Returns what all runs have in common."""
     return {
@@ -112,8 +127,8 @@ def check_what_is_asked(arguments: argparse.Namespace, data: ImageData, protocol
     TrainingOptions.from_mapping({name: protocol[name] for name in FIT_OPTIONS if name != "epochs"})
     for pair in arguments.pairs:
         teacher, student = pair.split(":")
-        build(teacher, data.pixels, data.classes, data.channels)
-        build(student, protocol["student_pixels"], data.classes, data.channels)
+        build_small(teacher, data.pixels, data.classes, data.channels)
+        build_small(student, protocol["student_pixels"], data.classes, data.channels)
     for method in arguments.methods:
         Combined(method.split("+"))
 
@@ -140,19 +155,39 @@ def check_teachers(rows: Sequence[Row], teachers: dict[str, Teacher], folder: Pa
 
 def make_teacher(name: str, data: ImageData, arguments: argparse.Namespace) -> Teacher:
     """Loads a teacher; it is trained here if there are no weights."""
-    path = teacher_path(arguments.teachers or arguments.output / "teachers", data, name)
-    if (name, data.name) == ("vit", "fashion"):  # the one that comes with the recipes
-        path = TEACHER
+    file = f"{data.name.replace('/', '_').replace(':', '_')}-{data.digest[:8]}-{data.pixels}px-{name}.safetensors"
+    path = (arguments.teachers or arguments.output / "teachers") / file
+    own = ASSETS / "vit_fashion_mnist.safetensors"
+    if (name, data.name) == ("vit", "fashion") and own.exists():
+        path = own
     if not path.exists():
         console.print(f"training the teacher {name} on {data.name} for {arguments.teacher_epochs} epochs")
-        train_teacher(name, data, path, epochs=arguments.teacher_epochs)
-    model, size = build(name, data.pixels, data.classes, data.channels)
+        train_teacher(name, data, path, arguments.teacher_epochs)
+    model, size = build_small(name, data.pixels, data.classes, data.channels)
     load_weights(model, path)
     model = model.eval().to(data.train[0].device)
     top1 = Distiller(None, model, "ce", input_size=size).evaluate(data.test)["top1"]
     console.print(f"teacher {name}: top-1 {top1:.2f} % ({path})")
-    digest = checksum(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Teacher(model, size, {"name": name, "top1": top1, "sha256": digest})
+
+
+def train_teacher(name: str, data: ImageData, path: Path, epochs: int) -> None:
+    """Trains a teacher on the labels, as `train_teacher.py` does; stopped and started again, it goes on."""
+    torch.manual_seed(0)
+    model, size = build_small(name, data.pixels, data.classes, data.channels)
+    Distiller(None, model.to(memory_format=torch.channels_last), "ce", input_size=size).fit(
+        data.train,
+        epochs=epochs,
+        output_dir=path.with_suffix(""),
+        resume=True,
+        batch_size=128,
+        warmup_epochs=min(2, epochs / 4),
+        clip_grad=1.0,
+        label_smoothing=0.1,
+        augment=augmentation(data),
+    )
+    save_model(model.half(), path)
 
 
 def run(
@@ -166,7 +201,7 @@ def run(
 ) -> Row:
     """Trains one student and returns its line of results."""
     torch.manual_seed(seed)  # the same initial student for every method
-    student, size = build(pair[1], protocol["student_pixels"], data.classes, data.channels)
+    student, size = build_small(pair[1], protocol["student_pixels"], data.classes, data.channels)
     names = method.split("+")
     distiller = Distiller(
         teacher.model,
@@ -192,7 +227,7 @@ def run(
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="fashion", help="fashion, fashion-full, cifar100, hf:NAME or a folder")
+    parser.add_argument("--dataset", default="fashion", help="fashion, fashion-mnist, cifar100, hf:NAME or a folder")
     parser.add_argument("--pairs", nargs="+", default=["vit:mobilenetv3_small_050"], metavar="TEACHER:STUDENT")
     parser.add_argument(
         "--methods", nargs="+", default=["all"], metavar="METHOD", help="names, 'kd+rsd' for both, or all"

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from hub import hub_splits
 from rich.console import Console
 from timm.models import save_for_hf
 from torch import nn
-from torchvision.datasets import ImageFolder
 
 from hetkd import Distiller, list_methods, load_model
+from hetkd.data import load_splits
 from hetkd.training import FitResult
 
 console = Console(highlight=False, soft_wrap=True)
@@ -30,7 +29,10 @@ console = Console(highlight=False, soft_wrap=True)
 def main() -> None:
     """Distils, evaluates, packs, and uploads if asked to."""
     arguments = parse_arguments()
-    train, val, names = load_splits(arguments.dataset)
+    try:
+        train, val, names = load_splits(arguments.dataset)
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"hf_to_cnn.py: --dataset {error}") from error
     teacher = load_model(f"hf:{arguments.teacher}")
     student = load_model(f"timm:{arguments.student}", pretrained=arguments.pretrained_student, num_classes=len(names))
     options = {}
@@ -58,23 +60,6 @@ def main() -> None:
     )
     if PartialState().is_main_process:
         pack(distiller, result, names, arguments)
-
-
-def load_splits(dataset: str) -> tuple[Any, Any, list[str]]:
-    """Returns training and validation data, as `fit` takes them, and the names of the classes."""
-    if not dataset.startswith("hf:"):
-        folder = Path(dataset)
-        splits = {split: folder / split for split in ("train", "val") if (folder / split).is_dir()}
-        if len(splits) < 2:
-            raise SystemExit(
-                f"--dataset {dataset!r} needs the folders train/ and val/, one folder of images a class each."
-            )
-        return str(splits["train"]), str(splits["val"]), ImageFolder(str(splits["train"])).classes
-    train, val = hub_splits(dataset, "--dataset")
-    labels = [feature for feature in train.features.values() if type(feature).__name__ == "ClassLabel"]
-    if not labels:
-        raise SystemExit(f"--dataset {dataset!r} has no class labels: {list(train.features)}.")
-    return train, val, list(labels[0].names)
 
 
 def teacher_classes(teacher: Any) -> int | None:

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import kornia.augmentation as K
+import psutil
 import torch
 from accelerate import PartialState
-from hf_to_cnn import load_splits
-from results import resident_bytes
 from rich.console import Console
-from streams import StreamLoader, TrainingStream, open_streams
 from torch import nn
 
 from hetkd import Distiller, list_methods, load_model
-from hetkd.data.images import image_transform
+from hetkd.data import image_transform, load_splits
+from hetkd.data.streams import StreamLoader, TrainingStream, open_streams
 
 console = Console(highlight=False, soft_wrap=True)
 CNN_PROTOCOL: dict[str, Any] = {
@@ -159,7 +158,7 @@ def tell(distiller: Distiller, protocol: dict[str, Any], images: int) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes()
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
     accumulation = protocol.get("gradient_accumulation", 1)
     steps = images // (batch * processes)
     hours = min(seconds) * steps * protocol["epochs"] / 3600
@@ -210,4 +209,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"imagenet_sfkd.py: {error}") from error

@@ -1,4 +1,4 @@
-"""Trains a teacher: any timm model, or a short name of `zoo.py`, on any data set of `image_data.py`.
+"""Trains a teacher: any timm model, or a short name of `hetkd.models.small`, on any data set of `hetkd.data`.
 
     python recipes/train_teacher.py --dataset cifar100 --model convnext --epochs 30
     python recipes/train_teacher.py --dataset cifar100 --model vit_small_patch14_dinov2 --weights-from dino.safetensors
@@ -10,18 +10,18 @@ Stopped and started again, it goes on after its last whole epoch. The weights go
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import kornia.augmentation as K
 import torch
-from image_data import ImageData, augmentation, load_images
 from torch import nn
-from zoo import build
 
 from hetkd import Distiller
-from hetkd.models import load_weights, save_model
-from hetkd.utils.files import write_json
+from hetkd.data import ImageData, load_images
+from hetkd.models import build_small, load_weights, save_model
 
 EVALUATED_IMAGES = 1_000  # after each epoch, evenly spread over the test images; all of them at the end
 
@@ -69,7 +69,7 @@ def train_teacher(
     """Trains a model on labels, alone or with a teacher of its own, and saves it.
 
     Args:
-        model: A short name of `zoo.py`, or one of timm's.
+        model: A short name of `hetkd.models.small`, or one of timm's.
         data: Images and labels.
         path: Where the weights go; the run's checkpoints are in a folder beside them.
         pixels: Input size; ``None``: that of the images.
@@ -83,7 +83,7 @@ def train_teacher(
         Top-1 on the test images, in percent.
     """
     torch.manual_seed(seed)
-    teacher, size = build(model, pixels or data.pixels, data.classes, data.channels, pretrained=pretrained)
+    teacher, size = build_small(model, pixels or data.pixels, data.classes, data.channels, pretrained=pretrained)
     teacher = teacher.to(memory_format=torch.channels_last)  # faster convolutions on CPUs
     some = slice(None, None, math.ceil(len(data.test[1]) / EVALUATED_IMAGES))
     _make_distiller(teacher, size, data, taught_by).fit(
@@ -98,14 +98,15 @@ def train_teacher(
             "warmup_epochs": min(2, epochs / 4),
             "clip_grad": 1.0,
             "label_smoothing": 0.1,
-            "augment": augmentation(data),
+            "augment": "light" if data.channels == 3 else K.RandomHorizontalFlip(p=0.5),
             "seed": seed,
             **{name: value for name, value in options.items() if value is not None},
         },
     )
     save_model(teacher.half(), path)
     top1 = Distiller(None, teacher.float(), "ce", input_size=size).evaluate(data.test)["top1"]
-    write_json(path.with_suffix(".json"), {"model": model, "dataset": data.name, "pixels": size, "top1": top1})
+    facts = {"model": model, "dataset": data.name, "pixels": size, "top1": top1}
+    path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
     return top1
 
 
@@ -114,7 +115,7 @@ def _make_distiller(model: nn.Module, size: int, data: ImageData, taught_by: Pat
         return Distiller(None, model, "ce", input_size=size)
     try:
         _, pixels, name = taught_by.stem.rsplit("-", 2)  # as `teacher_path` made it
-        teacher, teacher_size = build(name, int(pixels.removesuffix("px")), data.classes, data.channels)
+        teacher, teacher_size = build_small(name, int(pixels.removesuffix("px")), data.classes, data.channels)
     except ValueError as error:
         raise ValueError(f"--taught-by {str(taught_by)!r} has no name that this script gives to teachers.") from error
     load_weights(teacher, taught_by)
@@ -124,8 +125,8 @@ def _make_distiller(model: nn.Module, size: int, data: ImageData, taught_by: Pat
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="fashion", help="fashion, fashion-full, cifar100, hf:NAME or a folder")
-    parser.add_argument("--model", default="convnext", help="a short name of zoo.py, or one of timm's")
+    parser.add_argument("--dataset", default="fashion-mnist", help="fashion-mnist, cifar100, hf:NAME or a folder")
+    parser.add_argument("--model", default="convnext", help="a short name of hetkd.models.small, or one of timm's")
     parser.add_argument("--pixels", type=int, help="input size; default: that of the images, 64 for folders")
     parser.add_argument("--images", type=int, help="use only so many training images, as many of each class")
     parser.add_argument("--epochs", type=int, default=20)

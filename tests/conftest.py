@@ -12,7 +12,7 @@ from hetkd import Features, Stage, StagePair
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 REPOSITORY = Path(__file__).parent.parent
-DATA = Path(os.environ.get("HETKD_DATA", REPOSITORY.parent / "shared" / "data"))
+DATA = Path(os.environ.setdefault("HETKD_DATA", str(REPOSITORY.parent / "shared" / "data")))
 
 
 @pytest.fixture(autouse=True)

@@ -108,7 +108,8 @@ CASES = {
     "smoothing": (lambda: fit(label_smoothing=1.0), ValueError, "label_smoothing=1.0"),
     "lr": (lambda: fit(lr=-1), ValueError, "lr=-1 must be positive"),
     "lr of a rare optimizer": (lambda: fit(optimizer="rmsprop"), ValueError, "no default learning rate"),
-    "augment": (lambda: fit(augment="flip"), TypeError, "augment must be a function"),
+    "augment": (lambda: fit(augment=3), TypeError, "augment must be 'light', 'strong' or a function"),
+    "preset": (lambda: fit(augment="lihgt"), ValueError, "unknown augment 'lihgt': did you mean 'light'"),
     "resume nowhere": (lambda: fit(resume=True), ValueError, "resume=True needs the output_dir"),
     # models
     "classes": (

@@ -10,10 +10,10 @@ import torch
 import torchvision.models
 from conftest import batch, tiny_cnn, tiny_vit
 from safetensors import safe_open
-from test_adapters import HUGGING_FACE, OwnCNN, hugging_face
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import AutoModelForImageClassification, BitImageProcessor, ViTImageProcessor
+from transformers_models import HUGGING_FACE, OwnCNN, hugging_face
 
 import hetkd
 from hetkd import SFKD, Distiller, load_model
@@ -61,6 +61,7 @@ def pair_steps(teacher: str, student: str, sizes) -> None:
         check_step(distiller, *batch(2, size, 1000), terms_at_least=2 if method == "kd" else 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("teacher", "student"), ROUND)
 def test_pairs_of_timm_models(teacher, student):
     pair_steps(teacher, student, [224])
@@ -80,6 +81,7 @@ def test_student_at_another_size(method, pixels):
     assert distiller.student_inputs(batch(1, 40)[0]).shape[-2:] == (pixels, pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_hugging_face_and_torchvision_members(method):
     teacher = hugging_face("vit", HUGGING_FACE[0][1])
@@ -341,6 +343,7 @@ def test_own_module_as_teacher_and_student():
     check_step(d, *batch(), terms_at_least=4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which PyTorch's compiler itself looks at
 @pytest.mark.parametrize(
     ("teacher", "method"),

@@ -16,8 +16,8 @@ class Layout:
     """Where a model outside timm is tapped, and what comes out there.
 
     Attributes:
-        stages: Regular expression that the paths of the stage modules end with; ``None``: a dry
-            run finds the stages and tells their layout.
+        stages: Regular expression that the paths of the stage modules end with; ``None``: a dry run finds the stages
+            and tells their layout.
         order: ``"NCHW"``, ``"NHWC"`` or ``"tokens"`` (``[B, N, C]``, prefix tokens first).
     """
 
@@ -72,7 +72,7 @@ class FamilyAdapter(GenericAdapter):
         return x
 
     def patch_size(self, model: nn.Module) -> int | tuple[int, int] | None:
-        """Returns the pixels that a token covers at every stage, or ``None`` where it differs or is unknown."""
+        """Return the pixels that a token covers at every stage, or ``None`` where it differs or is unknown."""
         return None
 
     def _listed(self, model: nn.Module) -> Layout | None:

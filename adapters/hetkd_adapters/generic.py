@@ -31,9 +31,9 @@ _WITHOUT_SPATIAL_FEATURES = {
 class GenericAdapter(HookAdapter):
     """Taps models that no family knows.
 
-    timm models are tapped by ``forward_intermediates``. In others, the blocks of the outermost
-    ``nn.Sequential`` and ``nn.ModuleList`` containers, the modules beside them and those around them are stages if
-    their output is spatial: NCHW, NHWC, or tokens ``[B, N, C]`` that form a grid of the image's aspect ratio.
+    timm models are tapped by ``forward_intermediates``. In others, the blocks of the outermost ``nn.Sequential`` and
+    ``nn.ModuleList`` containers, the modules beside them and those around them are stages if their output is spatial:
+    NCHW, NHWC, or tokens ``[B, N, C]`` that form a grid of the image's aspect ratio.
     """
 
     family = "other"
@@ -61,7 +61,7 @@ class GenericAdapter(HookAdapter):
         return names
 
     def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
-        """Runs the model once; see `hetkd.Adapter.run`."""
+        """Run the model once; see `hetkd.Adapter.run`."""
         if is_tappable_timm(model):
             return run_timm(model, images, stages, self.to_map)
         return super().run(model, images, stages)
@@ -76,7 +76,7 @@ class GenericAdapter(HookAdapter):
         return model._call_impl(images, interpolate_pos_encoding=True)
 
     def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
-        """Turns NHWC (told by the image's aspect ratio), tokens and windows of tokens into ``[B, C, h, w]``."""
+        """Turn NHWC (told by the image's aspect ratio), tokens and windows of tokens into ``[B, C, h, w]``."""
         x = first_tensor(output)
         height, width = images.shape[-2:]
         if x.ndim == 3 and x.shape[2] > 1:
@@ -122,7 +122,7 @@ def _distinct(outputs: Outputs) -> list[str]:
 
 
 def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Yields the paths of what may be a stage: elements of containers, and what stands beside and around containers.
+    """Yield the paths of what may be a stage: elements of containers, and what stands beside and around containers.
 
     A module is taken as a whole if its containers hold single layers only, as the branches of a residual block do.
     """

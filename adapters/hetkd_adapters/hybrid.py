@@ -16,8 +16,8 @@ _ATTENTION_IN_CNNS = frozenset(
 class HybridAdapter(FamilyAdapter):
     """MaxViT, CoAtNet, LeViT, EfficientFormer, MobileViT, FastViT, MambaOut, MetaFormer and their kin.
 
-    Also members of other families with blocks of another kind inside: BoTNet, LambdaNet and
-    MobileViT among the CNNs, ViTs whose patches are embedded by a ResNet.
+    Also members of other families with blocks of another kind inside: BoTNet, LambdaNet and MobileViT among the CNNs,
+    ViTs whose patches are embedded by a ResNet.
     """
 
     family = "hybrid"

@@ -12,7 +12,7 @@ from hetkd.features import Features, class_and_distillation_logits, find_classif
 
 
 def library(model: nn.Module) -> str | None:
-    """Returns ``"timm"``, ``"torchvision"`` or ``"transformers"``, where the model's class comes from, or ``None``."""
+    """Return ``"timm"``, ``"torchvision"`` or ``"transformers"``, where the model's class comes from, or ``None``."""
     for base in type(model).__mro__:
         root = base.__module__.partition(".")[0]
         if root in ("timm", "torchvision", "transformers"):
@@ -21,7 +21,7 @@ def library(model: nn.Module) -> str | None:
 
 
 def is_tappable_timm(model: nn.Module) -> bool:
-    """Says whether timm's interface for intermediate features does what calling the model does.
+    """Say whether timm's interface for intermediate features does what calling the model does.
 
     It does not in a subclass with a ``forward`` of its own, or if the model has hooks.
     """
@@ -34,8 +34,8 @@ def is_tappable_timm(model: nn.Module) -> bool:
 def timm_stage_names(model: Any, images: Tensor) -> list[str]:
     """Lists timm's features and, where the map before pooling is none of them, the module that yields it.
 
-    In EfficientNet and MobileNetV2, for example, a 1 x 1 convolution and a norm stand between the
-    last block and pooling, in ResNetV2 a norm. Token and NHWC models end with their last block.
+    In EfficientNet and MobileNetV2, for example, a 1 x 1 convolution and a norm stand between the last block and
+    pooling, in ResNetV2 a norm. Token and NHWC models end with their last block.
     """
     names = _feature_names(model)
     with tapped(model, [path for path, _ in model.named_modules() if path]) as outputs:
@@ -48,7 +48,7 @@ def timm_stage_names(model: Any, images: Tensor) -> list[str]:
 def run_timm(
     model: Any, images: Tensor, stages: Sequence[str], to_map: Callable[[Any, nn.Module, Tensor], Tensor]
 ) -> Features:
-    """Runs a timm model once by ``forward_intermediates`` and ``forward_head``.
+    """Run a timm model once by ``forward_intermediates`` and ``forward_head``.
 
     Args:
         model: The model.
@@ -84,10 +84,10 @@ def _is_another_map(final: Tensor, last: Tensor) -> bool:
 
 
 def _feature_names(model: Any) -> list[str]:
-    """Returns the module paths of timm's features, in the order of their indices.
+    """Return the module paths of timm's features, in the order of their indices.
 
-    Where one module yields several of them (the branches of CrossViT, the scales of CoaT), they
-    are told apart by a number: ``blocks.0``, ``blocks.0#2``.
+    Where one module yields several of them (the branches of CrossViT, the scales of CoaT), they are told apart by a
+    number: ``blocks.0``, ``blocks.0#2``.
     """
     seen: Counter[str] = Counter()
     names = []

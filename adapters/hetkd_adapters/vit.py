@@ -63,7 +63,7 @@ class ViTAdapter(FamilyAdapter):
     }
 
     def patch_size(self, model: nn.Module) -> int | tuple[int, int] | None:
-        """Returns the patch size in the model or its configuration."""
+        """Return the patch size in the model or its configuration."""
         config = getattr(model, "config", model)
         size: Any = getattr(getattr(config, "vision_config", config), "patch_size", None)
         return tuple(size) if isinstance(size, list) else size

@@ -73,10 +73,14 @@ def write_cache(
         loader = DataLoader(Subset(dataset, list(indices)), batch_size=batch_size, num_workers=num_workers)
         seeds = [sample_seed(dataset.seed or 0, view, index) for index in indices]
         content = _fill(np.zeros(len(seeds), dtype), _records(teachers, loader, shapes, top_k), seeds)
-        write_atomically(path / name, lambda temporary, content=content: temporary.write_bytes(content))  # type: ignore[misc]
+        _write_shard(path / name, content)
         about["shards"][name] = hashlib.sha256(content).hexdigest()
         write_json(path / INDEX, about)
         report(f"view {view + 1}/{views}: {indices.stop:,}/{len(dataset):,} images")
+
+
+def _write_shard(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def _shards_of_same_cache(path: Path, about: dict[str, Any]) -> dict[str, str]:

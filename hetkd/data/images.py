@@ -42,7 +42,7 @@ class TensorImages(Dataset[Any]):
         return self.images[index] if self.labels is None else (self.images[index], self.labels[index])
 
     def __getitems__(self, indices: list[int]) -> Any:
-        """Returns a batch; PyTorch's loader asks for it in this way."""
+        """Return a batch; PyTorch's loader asks for it in this way."""
         return self[indices]
 
 
@@ -52,8 +52,8 @@ class TransformedImages(Dataset[Any]):
     Args:
         dataset: The images; it may augment them at random itself.
         transform: From a PIL image to a tensor.
-        seed: In training: what is random about a sample is a pure function of seed, epoch and index.
-            ``None``: nothing is random.
+        seed: In training: what is random about a sample is a pure function of seed, epoch and index. ``None``: nothing
+            is random.
         skip_unreadable: Take the next readable image in the place of one that cannot be read.
 
     Attributes:
@@ -95,11 +95,11 @@ class TransformedImages(Dataset[Any]):
         return image if label is None else (image, label)
 
     def start_epoch(self, epoch: int) -> None:
-        """Sets the epoch that randomness depends on, before a loader is iterated."""
+        """Set the epoch that randomness depends on, before a loader is iterated."""
         self.epoch = epoch
 
     def name_of(self, index: int) -> str:
-        """Returns the path of an image where the dataset knows it, else its index."""
+        """Return the path of an image where the dataset knows it, else its index."""
         samples = getattr(self.dataset, "samples", None) or getattr(self.dataset, "paths", None)
         if samples is None:
             return f"image {index}"
@@ -134,12 +134,12 @@ def make_loader(
     skip_unreadable: bool = False,
     wrap: Callable[[TransformedImages], Dataset[Any]] | None = None,
 ) -> Iterable[Any]:
-    """Makes a loader of batches of images and labels.
+    """Make a loader of batches of images and labels.
 
     Args:
-        data: A folder of class folders, a dataset of (image, label) or of Hugging Face's dicts,
-            tensors ``(images, labels)``, or a loader, which is returned as it is. Without labels: a folder
-            of images, a dataset of images, a tensor of images.
+        data: A folder of class folders, a dataset of (image, label) or of Hugging Face's dicts, tensors ``(images,
+            labels)``, or a loader, which is returned as it is. Without labels: a folder of images, a dataset of images,
+            a tensor of images.
         what: Name of the argument, for errors.
         spec: Of the student: colour or grey images, and how PIL images are resized and cropped.
         size: Height and width to resize PIL images to.
@@ -184,7 +184,7 @@ def make_dataset(
     seed: int = 0,
     skip_unreadable: bool = False,
 ) -> Any:
-    """Makes a dataset of what `make_loader` takes; a loader is returned as it is."""
+    """Make a dataset of what `make_loader` takes; a loader is returned as it is."""
     if isinstance(data, (str, Path)):
         data = _image_folder(Path(data), what)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
@@ -203,7 +203,7 @@ def make_dataset(
 
 
 def as_single_images(dataset: Any, what: str, seed: int) -> TransformedImages:
-    """Returns a dataset whose images have numbers, on which a teacher cache is founded.
+    """Return a dataset whose images have numbers, on which a teacher cache is founded.
 
     Raises:
         TypeError: If it is a loader.
@@ -214,7 +214,7 @@ def as_single_images(dataset: Any, what: str, seed: int) -> TransformedImages:
 
 
 def has_labels(loader: Iterable[Any]) -> bool | None:
-    """Says whether the samples of a loader have labels; ``None`` if it is not one of `make_loader`'s own."""
+    """Say whether the samples of a loader have labels; ``None`` if it is not one of `make_loader`'s own."""
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, TensorImages):
         return dataset.labels is not None
@@ -229,7 +229,7 @@ def has_labels(loader: Iterable[Any]) -> bool | None:
 
 
 def images_and_labels(batch: Any) -> tuple[Any, Any]:
-    """Takes a batch apart: ``(images, labels)``, a dict as Hugging Face's collators make it, or images alone.
+    """Take a batch apart: ``(images, labels)``, a dict as Hugging Face's collators make it, or images alone.
 
     Returns:
         Images, and labels or ``None``.
@@ -269,7 +269,7 @@ def _refuse_empty(data: Any, what: str) -> None:
 
 
 def length(data: Any) -> int | None:
-    """Returns the length of a data set or loader, or ``None`` if it has none, as a stream and its ``DataLoader``."""
+    """Return the length of a data set or loader, or ``None`` if it has none, as a stream and its ``DataLoader``."""
     try:
         return len(data)
     except TypeError:
@@ -299,7 +299,7 @@ def _image_folder(path: Path, what: str) -> Any:
 
 
 def image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Any], Tensor]:
-    """Returns the transform from a PIL image to a uint8 tensor ``[C, H, W]``: training crops and flips at random."""
+    """Return the transform from a PIL image to a uint8 tensor ``[C, H, W]``: training crops and flips at random."""
     from torchvision.transforms import InterpolationMode, v2
 
     mode = InterpolationMode(spec.interpolation)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Tensor]:
-    """Returns the states of Python's, NumPy's and PyTorch's generators (the current GPU's too) as tensors."""
+    """Return the states of Python's, NumPy's and PyTorch's generators (the current GPU's too) as tensors."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     _, keys, position, has_gauss, cached = numpy_state
@@ -29,7 +29,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
-    """Sets all generators to what `random_state` returned."""
+    """Set all generators to what `random_state` returned."""
     version, *words = state["python"].tolist()
     gauss = state["python_gauss"].item()
     random.setstate((version, tuple(words), None if np.isnan(gauss) else gauss))
@@ -41,8 +41,18 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave all global generators as they were before the context."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(before)
+
+
 def sample_seed(seed: int | tuple[int, ...], epoch: int, index: int) -> int:
-    """Returns the seed, of 64 bits, of everything random about one image of an epoch."""
+    """Return the seed, of 64 bits, of everything random about one image of an epoch."""
     digest = hashlib.blake2b(repr((seed, epoch, index)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

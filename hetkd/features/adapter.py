@@ -19,11 +19,11 @@ class Features:
 
     Attributes:
         logits: ``[B, classes]``, or ``None`` for a model without a classifier.
-        maps: Feature maps ``[B, C, h, w]`` of the requested stages, in their order, at native
-            grids, without prefix tokens.
+        maps: Feature maps ``[B, C, h, w]`` of the requested stages, in their order, at native grids, without prefix
+            tokens.
         pooled: ``[B, C]``, the vector that the classifier sees, or ``None`` if there is none.
-        distillation_logits: ``[B, classes]`` of the second classifier of a student with a distillation
-            token that is in training (DeiT, arXiv 2012.12877); ``None`` elsewhere.
+        distillation_logits: ``[B, classes]`` of the second classifier of a student with a distillation token that is in
+            training (DeiT, arXiv 2012.12877); ``None`` elsewhere.
     """
 
     logits: Tensor | None
@@ -70,9 +70,9 @@ class Adapter(ABC):
 
     Attributes:
         family: The name of the family, as users know it.
-        priority: Of all adapters that accept a model, the one with the highest priority taps it
-            (ties: the first name in alphabetical order). The built-in families have 0 or 1, the generic
-            adapter -100, so that an adapter of one's own wins without setting anything.
+        priority: Of all adapters that accept a model, the one with the highest priority taps it (ties: the first name
+            in alphabetical order). The built-in families have 0 or 1, the generic adapter -100, so that an adapter of
+            one's own wins without setting anything.
     """
 
     family: ClassVar[str]
@@ -80,7 +80,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def accepts(self, model: nn.Module) -> bool:
-        """Says whether this adapter can tap ``model``. Must not raise and not run the model."""
+        """Say whether this adapter can tap ``model``. Must not raise and not run the model."""
 
     @abstractmethod
     def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
@@ -96,7 +96,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
-        """Runs the model once and returns its features.
+        """Run the model once and returns its features.
 
         Args:
             model: A model that this adapter accepts.
@@ -112,7 +112,7 @@ class Adapter(ABC):
 
 
 def find_stage(what: str, name: str, stages: Sequence[Stage]) -> Stage:
-    """Returns the stage called ``name``; raises with the nearest names if there is none."""
+    """Return the stage called ``name``; raises with the nearest names if there is none."""
     for stage in stages:
         if stage.name == name:
             return stage

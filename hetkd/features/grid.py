@@ -16,20 +16,24 @@ def tokens_to_map(
 ) -> Tensor:
     """Lays a token sequence out as a feature map, without its prefix tokens.
 
-    Class, register and distillation tokens stand before the patch tokens in every model that is
-    tapped this way; whatever exceeds the patch grid is dropped from the front.
+    Class, register and distillation tokens stand before the patch tokens in every model that is tapped this way;
+    whatever exceeds the patch grid is dropped from the front.
 
     Args:
         tokens: ``[B, N, C]``.
         image_size: Height and width in pixels of the images that the model saw.
-        patch_size: Pixels a token covers; ``None`` finds the grid from N and the aspect ratio of
-            the image, with as few prefix tokens as possible.
+        patch_size: Pixels a token covers; ``None`` finds the grid from N and the aspect ratio of the image, with as few
+            prefix tokens as possible.
 
     Returns:
         ``[B, C, h, w]``, with h * w <= N.
 
     Raises:
         ValueError: If no grid of the image's aspect ratio fits N tokens.
+
+    Example:
+        >>> tokens_to_map(torch.rand(2, 1 + 49, 16), image_size=(224, 224)).shape  # one class token
+        torch.Size([2, 16, 7, 7])
     """
     count = tokens.shape[1]
     height, width = _token_grid(count, image_size, patch_size)
@@ -38,7 +42,7 @@ def tokens_to_map(
 
 
 def windows_to_map(tokens: Tensor, batch: int, image_size: tuple[int, int]) -> Tensor:
-    """Puts windows of tokens, as detection backbones keep them in the batch axis, together to feature maps.
+    """Put windows of tokens, as detection backbones keep them in the batch axis, together to feature maps.
 
     Args:
         tokens: ``[batch * W * W, N, C]``: the windows of an image row by row, each with its own prefix tokens.
@@ -93,6 +97,10 @@ def to_grid(x: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         ``[B, C, *size]``, in the dtype of ``x``; ``x`` itself if it has that size already.
+
+    Example:
+        >>> to_grid(torch.ones(1, 3, 14, 14), (7, 7)).shape
+        torch.Size([1, 3, 7, 7])
     """
     if x.shape[-2:] == size:
         return x
@@ -108,23 +116,37 @@ def _resampling(old: int, new: int, dtype: torch.dtype, device: torch.device) ->
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a tensor of inference mode could not be used in training later
 def _resampling_matrix(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns the matrix ``[new, old]`` of the interpolation; applied as such it is three times faster on a CPU."""
+    """Return the matrix ``[new, old]`` of the interpolation; applied as such it is three times faster on a CPU."""
     lines = torch.eye(old, dtype=torch.float64)[:, None, None, :]
     resampled = F.interpolate(lines, size=(1, new), mode="bilinear", align_corners=False, antialias=True)
     return resampled[:, 0, 0].T.contiguous().to(device, dtype)
 
 
-def common_grid(first: tuple[int, int], second: tuple[int, int], multiple: int, largest: int = 16) -> tuple[int, int]:
-    """Returns the grid on which two feature maps meet.
+def meeting_grid(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
+    """Return the grid on which two maps meet that are compared pixel by pixel: their own if they agree.
 
-    Per axis it is the coarser of the two native grids (finer detail has no counterpart on the
-    other side), at most ``largest``, rounded up to a multiple of ``multiple``.
+    Example:
+        >>> meeting_grid((56, 56), (56, 56)), meeting_grid((14, 14), (56, 56))
+        ((56, 56), (14, 14))
+    """
+    return first if first == second else common_grid(first, second, 1)
+
+
+def common_grid(first: tuple[int, int], second: tuple[int, int], multiple: int, largest: int = 16) -> tuple[int, int]:
+    """Return the grid on which two feature maps meet.
+
+    Per axis it is the coarser of the two native grids (finer detail has no counterpart on the other side), at most
+    ``largest``, rounded up to a multiple of ``multiple``.
 
     Args:
         first: Native height and width of one map.
         second: Native height and width of the other.
         multiple: What the result is a multiple of, 2^J for J wavelet levels.
         largest: Upper limit, before rounding.
+
+    Example:
+        >>> common_grid((14, 14), (7, 7), multiple=4)
+        (8, 8)
     """
     height, width = (math.ceil(min(a, b, largest) / multiple) * multiple for a, b in zip(first, second, strict=True))
     return height, width

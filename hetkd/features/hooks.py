@@ -15,16 +15,15 @@ from hetkd.features.grid import tokens_to_map
 class HookAdapter(Adapter):
     """Base of adapters that tap submodules by forward hooks.
 
-    The model runs through its own ``forward``, so its logits are those of ``model(images)``; a
-    stage is the path of a submodule, and only the requested outputs are kept. Subclasses say which
-    submodules are stages; `to_map` turns what a submodule returns into ``[B, C, h, w]``.
+    The model runs through its own ``forward``, so its logits are those of ``model(images)``; a stage is the path of a
+    submodule, and only the requested outputs are kept. Subclasses say which submodules are stages; `to_map` turns what
+    a submodule returns into ``[B, C, h, w]``.
     """
 
     def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
-        """Turns the output of a stage's module into a feature map ``[B, C, h, w]``.
+        """Turn the output of a stage's module into a feature map ``[B, C, h, w]``.
 
-        The default takes the first tensor of a tuple, passes rank 4 on as it is, and lays rank 3
-        out as patch tokens.
+        The default takes the first tensor of a tuple, passes rank 4 on as it is, and lays rank 3 out as patch tokens.
 
         Args:
             output: What the module returned.
@@ -42,7 +41,7 @@ class HookAdapter(Adapter):
         return model._call_impl(images)
 
     def run(self, model: nn.Module, images: Tensor, stages: Sequence[str]) -> Features:
-        """Runs the model by `call` with hooks on the modules named by ``stages``; see `Adapter.run`."""
+        """Run the model by `call` with hooks on the modules named by ``stages``; see `Adapter.run`."""
         with tapped(model, stages) as outputs:
             output = self.call(model, images)
         maps = tuple(self.to_map(outputs.of(name), model, images) for name in stages)
@@ -61,7 +60,7 @@ class Outputs:
         self._versions: dict[str, int] = {}
 
     def of(self, name: str) -> Any:
-        """Returns the output of the module ``name``.
+        """Return the output of the module ``name``.
 
         Raises:
             RuntimeError: If it did not run, or if what it returned was overwritten later.
@@ -76,12 +75,12 @@ class Outputs:
         return self.finished[name]
 
     def is_overwritten(self, name: str) -> bool:
-        """Says whether an in-place operation changed what the module ``name`` returned."""
+        """Say whether an in-place operation changed what the module ``name`` returned."""
         tensor = find_tensor(self.finished[name])
         return tensor is not None and name in self._versions and tensor._version != self._versions[name]
 
     def keep(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """Returns a forward hook that keeps a module's last output."""
+        """Return a forward hook that keeps a module's last output."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.finished.pop(name, None)
@@ -102,7 +101,7 @@ class Outputs:
 
 @contextmanager
 def tapped(model: nn.Module, names: Iterable[str]) -> Iterator[Outputs]:
-    """Keeps what the modules of these paths return, and what the classifier sees, while the context lasts.
+    """Keep what the modules of these paths return, and what the classifier sees, while the context lasts.
 
     Args:
         model: The model; it is left without hooks.
@@ -122,7 +121,7 @@ def tapped(model: nn.Module, names: Iterable[str]) -> Iterator[Outputs]:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Returns ``output`` itself or the first tensor in it: in nested tuples, lists or Hugging Face outputs."""
+    """Return ``output`` itself or the first tensor in it: in nested tuples, lists or Hugging Face outputs."""
     found = find_tensor(output)
     if found is None:
         raise RuntimeError(
@@ -132,7 +131,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def find_tensor(output: Any) -> Tensor | None:
-    """Returns what `first_tensor` does, or ``None`` if there is no tensor."""
+    """Return what `first_tensor` does, or ``None`` if there is no tensor."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
@@ -140,7 +139,7 @@ def find_tensor(output: Any) -> Tensor | None:
 
 
 def output_logits(output: Any) -> Tensor | None:
-    """Returns the logits ``[B, classes]`` in a model's output, or ``None`` if it has none.
+    """Return the logits ``[B, classes]`` in a model's output, or ``None`` if it has none.
 
     Of several classifiers it takes the first, or their average where the model makes one.
     """
@@ -171,7 +170,7 @@ def both_classifiers(model: Any, *, enabled: bool) -> Iterator[None]:
 
 
 def class_and_distillation_logits(model: nn.Module, output: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the logits in a model's output, and within `both_classifiers` those of its distillation token too."""
+    """Return the logits in a model's output, and within `both_classifiers` those of its distillation token too."""
     if not (model.training and getattr(model, "distilled_training", False)):
         return output_logits(output), None
     if isinstance(output, tuple):  # timm's
@@ -180,10 +179,10 @@ def class_and_distillation_logits(model: nn.Module, output: Any) -> tuple[Tensor
 
 
 def find_classifier(model: Any) -> nn.Module | None:
-    """Returns the layer that makes the logits: the last linear layer, or ``None``.
+    """Return the layer that makes the logits: the last linear layer, or ``None``.
 
-    timm models name theirs by ``get_classifier``; of several the first is taken (DeiT's, on the
-    class token), of one a stage the last.
+    timm models name theirs by ``get_classifier``; of several the first is taken (DeiT's, on the class token), of one a
+    stage the last.
     """
     if hasattr(model, "get_classifier"):
         classifier = model.get_classifier()
@@ -196,7 +195,7 @@ def find_classifier(model: Any) -> nn.Module | None:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, and afterwards every submodule back into the mode it was in."""
+    """Put a model into eval mode, and afterwards every submodule back into the mode it was in."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -18,8 +18,8 @@ StageChoice = int | str | tuple[int | str, int | str]
 def choose_stages(stages: Sequence[Stage], count: int = STAGE_COUNT) -> list[Stage]:
     """Picks up to ``count`` stages spread over a model's depth and its resolutions.
 
-    A hierarchical model gives the last stage at each of its ``count`` coarsest grids. A model with
-    one or two grids gives more of each: stages at equal steps of depth, the last one included.
+    A hierarchical model gives the last stage at each of its ``count`` coarsest grids. A model with one or two grids
+    gives more of each: stages at equal steps of depth, the last one included.
 
     Args:
         stages: All stages, in order of depth.
@@ -42,7 +42,15 @@ def choose_stages(stages: Sequence[Stage], count: int = STAGE_COUNT) -> list[Sta
 
 
 def pair_stages(teacher: Sequence[Stage], student: Sequence[Stage]) -> list[StagePair]:
-    """Pairs teacher and student stages automatically: as many as both have, last with last."""
+    """Pairs teacher and student stages automatically: as many as both have, last with last.
+
+    Example:
+        >>> grids = (56, 28, 14, 7)
+        >>> teacher = [Stage(f"blocks.{n}", 192, 14, 14) for n in range(12)]
+        >>> student = [Stage(f"layer{n}", 64, grid, grid) for n, grid in enumerate(grids, start=1)]
+        >>> [(pair.teacher.name, pair.student.name) for pair in pair_stages(teacher, student)]
+        [('blocks.2', 'layer1'), ('blocks.5', 'layer2'), ('blocks.8', 'layer3'), ('blocks.11', 'layer4')]
+    """
     count = min(len(choose_stages(teacher)), len(choose_stages(student)))
     pairs = zip(choose_stages(teacher, count), choose_stages(student, count), strict=True)
     return [StagePair(t, s) for t, s in pairs]
@@ -59,11 +67,10 @@ def chosen_pairs(
     Args:
         teacher: All stages of the teacher.
         student: All stages of the student.
-        choices: Each a row of the automatic pairing (int; negative from the end), a student stage by
-            name (the teacher's is the one at the same relative depth), or a pair (teacher, student)
-            of names or rows.
-        listed: Of teacher and student, the stages that their adapters list, on which the automatic
-            pairing and relative depth are founded: naming another module changes neither.
+        choices: Each a row of the automatic pairing (int; negative from the end), a student stage by name (the
+            teacher's is the one at the same relative depth), or a pair (teacher, student) of names or rows.
+        listed: Of teacher and student, the stages that their adapters list, on which the automatic pairing and relative
+            depth are founded: naming another module changes neither.
 
     Raises:
         ValueError: If a name or row does not exist; the nearest names are given.
@@ -77,7 +84,7 @@ def chosen_pairs(
 
 
 def chosen_names(choices: Any, side: int) -> list[str]:
-    """Returns the names of stages in the user's ``stages``: 0 those of the teacher, 1 those of the student."""
+    """Return the names of stages in the user's ``stages``: 0 those of the teacher, 1 those of the student."""
     if not isinstance(choices, (tuple, list)):
         return []
     names = [choice[side] for choice in choices if isinstance(choice, (tuple, list)) and len(choice) == 2]
@@ -116,7 +123,7 @@ def _resolve(
 
 
 def _depth(stage: Stage, stages: Sequence[Stage], listed: Sequence[Stage]) -> float:
-    """Returns the relative depth of a stage, 0 to 1; one that is not listed stands half-way between two that are."""
+    """Return the relative depth of a stage, 0 to 1; one that is not listed stands half-way between two that are."""
     before = [other for other in stages[: list(stages).index(stage)] if other in listed]
     return (len(before) + (1 if stage in listed else 0.5)) / len(listed)
 

@@ -31,7 +31,7 @@ class Probe(NamedTuple):
 def probe(
     adapter: Adapter, model: nn.Module, images: Tensor, extra: Sequence[str] = (), *, stages: bool = True
 ) -> Probe:
-    """Runs ``model`` on a sample, without gradients and in eval mode.
+    """Run ``model`` on a sample, without gradients and in eval mode.
 
     Args:
         adapter: One that accepts the model.
@@ -56,7 +56,7 @@ def probe(
 
 
 def _in_order_of_depth(listed: list[str], added: list[str], finished: list[str]) -> list[str]:
-    """Puts each added name behind the last listed one that finished before it."""
+    """Put each added name behind the last listed one that finished before it."""
     names = list(listed)
     for name in added:
         before = [other for other in finished[: finished.index(name)] if other in names]

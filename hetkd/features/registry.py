@@ -20,13 +20,23 @@ AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 
 
 def register_adapter(name: str) -> Callable[[AdapterClass], AdapterClass]:
-    """Returns a class decorator that registers an `Adapter` under ``name``.
+    """Return a class decorator that registers an `Adapter` under ``name``.
 
     Packages do the same without an import, by an entry point in the group ``hetkd.adapters``.
 
     Raises:
         ValueError: If the name is malformed or taken.
         TypeError: If what is decorated is not a subclass of `Adapter`.
+
+    Example:
+        >>> from hetkd import HookAdapter
+        >>> @register_adapter("stripe-example")
+        ... class StripeAdapter(HookAdapter):
+        ...     family = "stripe"
+        ...     def accepts(self, model): return type(model).__name__ == "Stripe"
+        ...     def stage_names(self, model, images): return ["blocks.0", "blocks.1"]
+        >>> "stripe-example" in list_adapters()
+        True
     """
     _load_entry_points()
     add = adapters.register(name)
@@ -45,13 +55,18 @@ def _checked(name: str, adapter: Any) -> Any:
 
 
 def list_adapters() -> list[str]:
-    """Returns the names of all adapters, those of installed plug-ins included."""
+    """Return the names of all adapters, those of installed plug-ins included.
+
+    Example:
+        >>> list_adapters()[:2]
+        ['cnn', 'generic']
+    """
     _load_entry_points()
     return adapters.names()
 
 
 def find_adapter(model: nn.Module) -> Adapter:
-    """Returns the adapter that taps ``model``: of those that accept it, the one of highest priority.
+    """Return the adapter that taps ``model``: of those that accept it, the one of highest priority.
 
     Raises:
         TypeError: If no adapter accepts the model.

@@ -61,7 +61,7 @@ class Tap:
             return probe(self.adapter, self.model, sample, stages=False)
 
     def add_stages(self, names: Sequence[str]) -> None:
-        """Makes modules of these paths stages too.
+        """Make modules of these paths stages too.
 
         Raises:
             ValueError: If a name is no path of a module, or no feature map comes out there.
@@ -105,7 +105,7 @@ class Tap:
         return f"{architecture_name(self.model)} ({self.adapter.family}, {self.size[0]} x {self.size[1]})"
 
     def select(self, names: list[str]) -> None:
-        """Sets the stages to tap; a stage may occur twice."""
+        """Set the stages to tap; a stage may occur twice."""
         self.names = names
         self._distinct = [name for name in dict.fromkeys(names) if name != POOLED]
 
@@ -122,7 +122,7 @@ class Tap:
         return next(self.model.parameters(), torch.zeros(()))
 
     def run(self, images: Tensor) -> Features:
-        """Runs the model once on raw images ``[B, C, H, W]``; maps come in the order of `select`."""
+        """Run the model once on raw images ``[B, C, H, W]``; maps come in the order of `select`."""
         return self.run_prepared(self.prepare(images))
 
     def run_prepared(self, images: Tensor) -> Features:
@@ -141,7 +141,7 @@ class Tap:
         return replace(features, maps=tuple(maps[name] for name in self.names))
 
     def to(self, device: torch.device) -> None:
-        """Moves model and input transform; the dtype stays."""
+        """Move model and input transform; the dtype stays."""
         if self.placement == "device":
             self.model.to(device)
         self.inputs.to(device)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetkd.features.adapter import StagePair
-from hetkd.features.grid import common_grid, to_grid
+from hetkd.features.grid import meeting_grid, to_grid
 from hetkd.methods.common.method import register_method
 from hetkd.methods.common.stagewise import FeatureMethod
 
@@ -16,8 +16,8 @@ from hetkd.methods.common.stagewise import FeatureMethod
 class AT(FeatureMethod):
     r"""Activation-based attention transfer (Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928).
 
-    The attention map Q of a stage is the mean over channels of its squared activations; resampled to a common
-    grid, laid out as a vector and divided by its length:
+    The attention map Q of a stage is the mean over channels of its squared activations; resampled to a common grid,
+    laid out as a vector and divided by its length:
 
     .. math:: L = w_{ce}\,CE + w_f \sum_i w_i \operatorname{mean}
         \Big( \frac{Q^s_i}{\|Q^s_i\|_2} - \frac{Q^t_i}{\|Q^t_i\|_2} \Big)^2
@@ -45,11 +45,11 @@ class AT(FeatureMethod):
         super().__init__(feature_weight=feature_weight, **common)
 
     def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
-        """Returns the pairs that meet on more than one pixel; see `Method.automatic_pairs`."""
+        """Return the pairs that meet on more than one pixel; see `Method.automatic_pairs`."""
         return super().automatic_pairs([pair for pair in pairs if _grid(pair) != (1, 1)], pooled)
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Takes the stage pairs; see `Method.bind`.
+        """Take the stage pairs; see `Method.bind`.
 
         Raises:
             ValueError: If there is none, or one has no attention map.
@@ -64,22 +64,28 @@ class AT(FeatureMethod):
                 )
 
     def describe_pair(self, index: int) -> str:
-        """Returns the grid of stage pair ``index``."""
+        """Return the grid of stage pair ``index``."""
         return "attention on {} x {}".format(*self._grids[index])
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
-        """Returns the teacher's attention ``[B, h * w]``."""
+        """Return the teacher's attention ``[B, h * w]``."""
         return attention(x, self._grids[index])
 
     def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the mean squared error of attention; see `FeatureMethod.compare`."""
+        """Return the mean squared error of attention; see `FeatureMethod.compare`."""
         return F.mse_loss(attention(x, self._grids[index]), target)
 
 
 def attention(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Returns the attention ``[B, h * w]``, of length 1, of a feature map ``[B, C, H, W]`` on a grid of h x w."""
+    """Return the attention ``[B, h * w]``, of length 1, of a feature map ``[B, C, H, W]`` on a grid of h x w.
+
+    Example:
+        >>> import torch
+        >>> attention(torch.ones(1, 8, 4, 4), (2, 2))
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    """
     return F.normalize(to_grid(x.square().mean(1, keepdim=True), grid).flatten(1), dim=1)
 
 
 def _grid(pair: StagePair) -> tuple[int, int]:
-    return common_grid(pair.teacher.grid, pair.student.grid, 1)
+    return meeting_grid(pair.teacher.grid, pair.student.grid)

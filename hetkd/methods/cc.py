@@ -18,8 +18,8 @@ class CC(PooledMethod):
     r"""Correlation congruence (Peng et al., ICCV 2019, arXiv 1904.01802), on the vectors before the classifiers.
 
     Two forms. ``"neighbours"`` is the authors' code as the literature compares it (Tian et al., OFA-KD), with the
-    weight 0.02: linear maps e bring both sides to ``width`` numbers, and the errors of images that follow each
-    other in the batch are multiplied,
+    weight 0.02: linear maps e bring both sides to ``width`` numbers, and the errors of images that follow each other in
+    the batch are multiplied,
 
     .. math:: L_{cc} = \tfrac{1}{B - 1} \sum_b \langle |\delta_b|, |\delta_{b+1}| \rangle,
         \quad \delta = e_s(s) - e_t(t)
@@ -62,18 +62,18 @@ class CC(PooledMethod):
         self.order = whole_number("order", order)
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Makes the linear maps for these stage pairs; see `Method.bind`."""
+        """Make the linear maps for these stage pairs; see `Method.bind`."""
         super().bind(pairs)
         learnt = pairs if self.form == "neighbours" else []
         self.embed_student = nn.ModuleList(nn.Linear(p.student.channels, self.width) for p in learnt)
         self.embed_teacher = nn.ModuleList(nn.Linear(p.teacher.channels, self.width) for p in learnt)
 
     def describe_pair(self, index: int) -> str:
-        """Returns the form."""
+        """Return the form."""
         return f"correlation, {self.form}"
 
     def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the loss of this form; see `PooledMethod.compare_vectors`."""
+        """Return the loss of this form; see `PooledMethod.compare_vectors`."""
         if self.form == "kernel":
             return F.mse_loss(self._kernel(x), self._kernel(target))
         error = (self.embed_student[index](x) - self.embed_teacher[index](target)).abs()

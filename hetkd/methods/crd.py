@@ -25,13 +25,14 @@ class CRD(PooledMethod):
     .. math:: L_{crd} = -\tfrac1B \sum_b \Big( \log h(s_b, t_b) + \sum_{n=1}^{N} \log (1 - h(s_b, t_n)) \Big)
         + \text{the same with } s, t \text{ exchanged}
 
-    The N negatives are the batch of all processes and a memory of the latest vectors, without those of the
-    image's own class (without labels: but its own). Z is the mean of :math:`e^{\langle s, t \rangle / \tau}` over
-    the first batch, as the authors do.
+    The N negatives are the batch of all processes and a memory of the latest vectors, without those of the image's own
+    class (without labels: but its own). Z is the mean of :math:`e^{\langle s, t \rangle / \tau}` over the
+    first batch; the authors take it over a memory that is filled with random vectors then. As in their code, each side
+    learns against the other as a constant.
 
-    The authors keep one averaged vector an image of the training set and draw from it; the memory here is a
-    queue, so that it needs no index of images, does not grow with the data set, and holds nothing older than its
-    length. It is in the checkpoint, and is the same in all processes.
+    The authors keep one averaged vector an image of the training set and draw from it; the memory here is a queue, so
+    that it needs no index of images, does not grow with the data set, and holds nothing older than its length. It is in
+    the checkpoint, and is the same in all processes.
 
     Args:
         negatives: Length of the memory.
@@ -58,18 +59,18 @@ class CRD(PooledMethod):
         self.contrast_temperature = positive("contrast_temperature", contrast_temperature)
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Makes linear maps and memories for these stage pairs; see `Method.bind`."""
+        """Make linear maps and memories for these stage pairs; see `Method.bind`."""
         super().bind(pairs)
         self.embed_student = nn.ModuleList(nn.Linear(p.student.channels, self.width) for p in pairs)
         self.embed_teacher = nn.ModuleList(nn.Linear(p.teacher.channels, self.width) for p in pairs)
         self.memories = nn.ModuleList(Memory(self.negatives, self.width, self.contrast_temperature) for _ in pairs)
 
     def describe_pair(self, index: int) -> str:
-        """Returns the number of negatives."""
+        """Return the number of negatives."""
         return f"contrast, {self.negatives:,} negatives"
 
     def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the contrastive loss; see `PooledMethod.compare_vectors`."""
+        """Return the contrastive loss; see `PooledMethod.compare_vectors`."""
         student = F.normalize(self.embed_student[index](x), dim=1)
         teacher = F.normalize(self.embed_teacher[index](target), dim=1)
         loss: Tensor = self.memories[index](student, teacher, labels)
@@ -103,9 +104,10 @@ class Memory(nn.Module):
         candidates, keys = torch.cat([batch.detach(), self.vectors]), torch.cat([batch_keys, self.keys])
         usable = torch.cat([torch.ones_like(batch_keys, dtype=torch.bool), filled])
         negative = usable & (own_keys.unsqueeze(1) != keys)
-        positive_pair = (student * teacher).sum(1) / self.temperature
         loss = torch.zeros((), device=student.device)
-        for side, anchor in enumerate((student, teacher)):
+        for side, (anchor, partner) in enumerate(((student, teacher), (teacher, student))):
+            # Each side learns against the other as a constant, as from the authors' memory.
+            positive_pair = (anchor * partner.detach()).sum(1) / self.temperature
             similarity = anchor @ candidates[:, 1 - side].T / self.temperature
             log_scale = self._log_scale(side, similarity[:, : len(batch)].detach())
             loss = loss + _contrast(positive_pair - log_scale, similarity - log_scale, negative)
@@ -114,7 +116,7 @@ class Memory(nn.Module):
         return loss
 
     def _keys(self, labels: Tensor | None, size: int, device: torch.device) -> Tensor:
-        """Returns what tells images apart: classes, or without labels numbers below 0 that nothing else has."""
+        """Return what tells images apart: classes, or without labels numbers below 0 that nothing else has."""
         if labels is not None:
             return labels if labels.ndim == 1 else labels.argmax(1)
         rank = torch.distributed.get_rank() if world_size() > 1 else 0
@@ -143,7 +145,7 @@ class Memory(nn.Module):
 
 
 def _contrast(positive_pair: Tensor, others: Tensor, negative: Tensor) -> Tensor:
-    """Returns -log h of the pairs ``[B]``, and -log(1 - h) of the negatives among ``[B, M]``; scores are log u."""
+    """Return -log h of the pairs ``[B]``, and -log(1 - h) of the negatives among ``[B, M]``; scores are log u."""
     log_count = negative.sum(1).clamp_min(1).log()
     rejected = F.softplus(others - log_count.unsqueeze(1)) * negative
     return (F.softplus(log_count - positive_pair) + rejected.sum(1)).mean()

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hetkd.features.adapter import Features
 from hetkd.methods.common.method import LogitMethod, register_method, student_logits
+from hetkd.spectral.precision import at_least_float32
 
 
 @register_method("deit")
@@ -14,8 +15,8 @@ class DeiT(LogitMethod):
     .. math:: L = \tfrac12 CE(z_s, y) + \tfrac12 CE(z_d, \arg\max z_t)
 
     A student with a distillation token (timm's ``deit_*_distilled``, LeViT, EfficientFormer, ...) has a second
-    classifier for :math:`z_d`, and averages both when it is used; any other student learns both with the one that
-    it has, :math:`z_d = z_s`.
+    classifier for :math:`z_d`, and averages both when it is used; any other student learns both with the one that it
+    has, :math:`z_d = z_s`.
 
     Args:
         ce_weight: Weight of the cross-entropy with the labels.
@@ -29,10 +30,12 @@ class DeiT(LogitMethod):
         super().__init__(ce_weight=ce_weight, kd_weight=kd_weight)
 
     def describe_logits(self) -> str:
-        """Returns what the plan says of the logits."""
+        """Return what the plan says of the logits."""
         return "the teacher's class as a label"
 
     def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the cross-entropy with the teacher's decisions; see `Method.logit_loss`."""
+        """Return the cross-entropy with the teacher's decisions; see `Method.logit_loss`."""
         second = student.distillation_logits
-        return F.cross_entropy(student_logits(student) if second is None else second.float(), teacher.argmax(1))
+        return F.cross_entropy(
+            student_logits(student) if second is None else at_least_float32(second), teacher.argmax(1)
+        )

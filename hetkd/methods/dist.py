@@ -26,8 +26,8 @@ class DIST(LogitMethod):
     Args:
         beta: Weight of the correlation over classes.
         gamma: Weight of the correlation over images.
-        scores: ``"probabilities"``, as the authors do, or ``"logits"``: then the loss is invariant to scale and
-            shift of the student's logits, and T has no effect but its square.
+        scores: ``"probabilities"``, as the authors do, or ``"logits"``: then the loss is invariant to scale and shift
+            of the student's logits, and T has no effect but its square.
         **common: Options of `Method`; ``kd_weight`` weighs both correlations together.
     """
 
@@ -49,19 +49,26 @@ class DIST(LogitMethod):
         self.scores = choice("scores", scores, ["probabilities", "logits"])
 
     def describe_logits(self) -> str:
-        """Returns what the plan says of the logits."""
+        """Return what the plan says of the logits."""
         return f"correlations of {self.scores}, T = {self.temperature:g}"
 
     def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns both parts, weighted; see `Method.logit_loss`."""
+        """Return both parts, weighted; see `Method.logit_loss`."""
         s, t = (gather_over_processes(self._scores(logits)) for logits in (student_logits(student), teacher))
-        inter, intra = 1 - correlation(s, t).mean(), 1 - correlation(s.T, t.T).mean()
+        inter, intra = (1 - correlation(s, t, dim).mean() for dim in (1, 0))
         return (self.beta * inter + self.gamma * intra) * self.temperature**2
 
     def _scores(self, logits: Tensor) -> Tensor:
         return logits if self.scores == "logits" else F.softmax(logits / self.temperature, dim=1)
 
 
-def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Returns Pearson's correlation ``[N]`` of the rows of ``x`` and ``y`` ``[N, M]``; 0 where a row is constant."""
-    return F.cosine_similarity(x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True), dim=1)
+def correlation(x: Tensor, y: Tensor, dim: int = 1) -> Tensor:
+    """Return Pearson's correlation of ``x`` and ``y`` ``[N, M]`` along an axis; 0 where either is constant.
+
+    Example:
+        >>> import torch
+        >>> correlation(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[20.0, 40.0, 60.0]]))
+        tensor([1.])
+    """
+    x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
+    return (x * y).sum(dim) / (x.norm(dim=dim) * y.norm(dim=dim)).clamp_min(1e-16)

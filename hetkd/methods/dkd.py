@@ -17,14 +17,14 @@ _NEVER = -1e9
 class DKD(LogitMethod):
     r"""Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679).
 
-    The KL divergence of KD is :math:`TCKD + (1 - p^t_y)\,NCKD`: a part on the probability of the target class y
-    against all others, and a part on the distribution among the others, which a confident teacher
-    all but switches off. DKD weighs both freely:
+    The KL divergence of KD is :math:`TCKD + (1 - p^t_y)\,NCKD`: a part on the probability of the target class y against
+    all others, and a part on the distribution among the others, which a confident teacher all but switches off. DKD
+    weighs both freely:
 
     .. math:: L = w_{ce}\,CE + w_{kd}\,T^2 (\alpha\,TCKD + \beta\,NCKD)
 
-    Labels that are probabilities count as their likeliest class; without labels the teacher's class stands in.
-    The authors raise the weight linearly over the first 20 epochs; here it is constant.
+    Labels that are probabilities count as their likeliest class; without labels the teacher's class stands in. The
+    authors raise the weight linearly over the first 20 epochs; here it is constant.
 
     Args:
         alpha: Weight of the part on the target class.
@@ -47,11 +47,11 @@ class DKD(LogitMethod):
         self.beta = not_negative("beta", beta)
 
     def describe_logits(self) -> str:
-        """Returns what the plan says of the logits."""
+        """Return what the plan says of the logits."""
         return f"{self.alpha:g} TCKD + {self.beta:g} NCKD, T = {self.temperature:g}"
 
     def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns both parts, weighted; see `Method.logit_loss`."""
+        """Return both parts, weighted; see `Method.logit_loss`."""
         classes = target_classes(labels, teacher)
         target, others = decoupled_parts(
             student_logits(student) / self.temperature, teacher / self.temperature, classes
@@ -60,7 +60,13 @@ class DKD(LogitMethod):
 
 
 def decoupled_parts(student: Tensor, teacher: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns TCKD and NCKD ``[B]`` of logits ``[B, classes]``, whose target classes are ``classes`` ``[B]``."""
+    """Return TCKD and NCKD ``[B]`` of logits ``[B, classes]``, whose target classes are ``classes`` ``[B]``.
+
+    Example:
+        >>> logits, classes = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+        >>> [part.item() for part in decoupled_parts(logits, logits, classes)]
+        [0.0, 0.0]
+    """
     (binary_s, others_s), (binary_t, others_t) = (_decoupled(logits, classes) for logits in (student, teacher))
     return (
         F.kl_div(binary_s, binary_t, reduction="none", log_target=True).sum(1),
@@ -69,7 +75,7 @@ def decoupled_parts(student: Tensor, teacher: Tensor, classes: Tensor) -> tuple[
 
 
 def _decoupled(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the log-probabilities of (target, not target) ``[B, 2]``, and among the others ``[B, classes]``."""
+    """Return the log-probabilities of (target, not target) ``[B, 2]``, and among the others ``[B, classes]``."""
     target = logits.gather(1, classes.unsqueeze(1))
     others = logits.scatter(1, classes.unsqueeze(1), _NEVER)  # finite, for 0 times infinity is no number
     binary = torch.cat([target, others.logsumexp(1, keepdim=True)], dim=1)

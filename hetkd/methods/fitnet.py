@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetkd.features.adapter import StagePair
-from hetkd.features.grid import common_grid, to_grid
+from hetkd.features.grid import meeting_grid, to_grid
 from hetkd.methods.common.method import register_method
 from hetkd.methods.common.stagewise import FeatureMethod
 
@@ -19,9 +19,9 @@ class FitNet(FeatureMethod):
 
     .. math:: L = w_{ce}\,CE + w_f \sum_i w_i \operatorname{mean} (r_i(S_i) - T_i)^2
 
-    The paper trains the first half of the student with one hint before everything else; here, as in later
-    comparisons, all terms are learnt together. Across architectures this is the method that fails first, for
-    it asks for the teacher's activations as they are.
+    The paper trains the first half of the student with one hint before everything else; here, as in later comparisons,
+    all terms are learnt together. Across architectures this is the method that fails first, for it asks for the
+    teacher's activations as they are.
 
     Args:
         **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
@@ -31,20 +31,20 @@ class FitNet(FeatureMethod):
     stages_share_weight = False
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Makes the convolutions for these stage pairs; see `Method.bind`."""
+        """Make the convolutions for these stage pairs; see `Method.bind`."""
         super().bind(pairs)
-        self._grids = [common_grid(p.teacher.grid, p.student.grid, 1) for p in pairs]
+        self._grids = [meeting_grid(p.teacher.grid, p.student.grid) for p in pairs]
         self.project = nn.ModuleList(nn.Conv2d(p.student.channels, p.teacher.channels, 1, bias=False) for p in pairs)
 
     def describe_pair(self, index: int) -> str:
-        """Returns the grid of stage pair ``index``."""
+        """Return the grid of stage pair ``index``."""
         return "mse on {} x {}".format(*self._grids[index])
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
-        """Returns the teacher's map ``[B, C_t, *grid]``."""
+        """Return the teacher's map ``[B, C_t, *grid]``."""
         return to_grid(x, self._grids[index])
 
     def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the mean squared error; see `FeatureMethod.compare`."""
+        """Return the mean squared error; see `FeatureMethod.compare`."""
         student: Tensor = self.project[index](to_grid(x, self._grids[index]))
         return F.mse_loss(student, target)

@@ -18,7 +18,7 @@ class CE(Method):
         super().__init__(ce_weight=ce_weight, kd_weight=0.0)
 
     def forward(self, student: Features, targets: Targets, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Returns the term ``ce``; see `Method.forward`.
+        """Return the term ``ce``; see `Method.forward`.
 
         Raises:
             ValueError: If there are no labels to learn from.

@@ -18,9 +18,9 @@ from hetkd.utils.checks import positive
 class OFA(FeatureMethod):
     r"""One-for-all distillation (Hao et al., NeurIPS 2023, arXiv 2310.19444).
 
-    Features of different architectures are compared where they agree in meaning, in the space of logits: each of
-    four student stages gets an exit of its own. With p probabilities and y the one-hot target class, each exit
-    and the final logits learn by
+    Features of different architectures are compared where they agree in meaning, in the space of logits: each of four
+    student stages gets an exit of its own. With p probabilities and y the one-hot target class, each exit and the final
+    logits learn by
 
     .. math:: L_{ofa} = -\sum_c \big( (p^t_c + y_c)^g - y_c \big) \log p^s_c
 
@@ -61,7 +61,7 @@ class OFA(FeatureMethod):
         return []
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Makes the exits for these student stages; see `Method.bind`.
+        """Make the exits for these student stages; see `Method.bind`.
 
         Raises:
             ValueError: If the student has no classifier.
@@ -83,23 +83,23 @@ class OFA(FeatureMethod):
         self.exits = nn.ModuleList(exits)
 
     def describe_pair(self, index: int) -> str:
-        """Returns what is compared."""
+        """Return what is compared."""
         return "exit to logits"
 
     def describe_logits(self) -> str:
-        """Returns what the plan says of the logits."""
+        """Return what the plan says of the logits."""
         return f"target class enhanced, g = {self.gamma:g}, T = {self.temperature:g}" if self.kd_weight else ""
 
     def target_of(self, index: int, targets: Targets) -> Tensor:
-        """Returns the teacher's logits."""
+        """Return the teacher's logits."""
         return targets["logits"]
 
     def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the loss of the exit of stage ``index``; see `FeatureMethod.compare`."""
+        """Return the loss of the exit of stage ``index``; see `FeatureMethod.compare`."""
         return self._enhanced(self.exits[index](x), target, labels)
 
     def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the loss of the final logits; see `Method.logit_loss`."""
+        """Return the loss of the final logits; see `Method.logit_loss`."""
         return self._enhanced(student_logits(student), teacher, labels)
 
     def _enhanced(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
@@ -108,14 +108,21 @@ class OFA(FeatureMethod):
 
 
 def enhanced_loss(student: Tensor, teacher: Tensor, classes: Tensor, gamma: float) -> Tensor:
-    """Returns the target-enhanced cross-entropy of logits ``[B, classes]``, mean over the batch."""
+    """Return the target-enhanced cross-entropy of logits ``[B, classes]``, mean over the batch.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]])
+        >>> loss = enhanced_loss(logits, logits, torch.tensor([0]), gamma=1.0)
+        >>> torch.allclose(loss, -(logits.softmax(1) * logits.log_softmax(1)).sum())
+        True
+    """
     y = F.one_hot(classes, student.shape[1])
     target = (F.softmax(teacher, dim=1) + y) ** gamma - y
     return -(target * F.log_softmax(student, dim=1)).sum(1).mean()
 
 
 def convolutional_exit(stage: Stage, later: int, width: int, classes: int) -> nn.Module:
-    """Builds the exit of a stage of a student whose grids shrink.
+    """Build the exit of a stage of a student whose grids shrink.
 
     Args:
         stage: Where the exit is.
@@ -133,7 +140,7 @@ def convolutional_exit(stage: Stage, later: int, width: int, classes: int) -> nn
 
 
 def token_exit(stage: Stage, later: int, classes: int) -> nn.Module:
-    """Builds the exit of a stage of a student whose grids stay: patches merged to about 7 x 7, transformer blocks."""
+    """Build the exit of a stage of a student whose grids stay: patches merged to about 7 x 7, transformer blocks."""
     merges = max(0, int(math.log2(min(stage.grid) / 7)))
     merging = [nn.Conv2d(stage.channels, stage.channels, kernel_size=2, stride=2) for _ in range(merges)]
     return nn.Sequential(*merging, _TokenBlocks(stage.channels, max(later, 1)), nn.Linear(stage.channels, classes))

@@ -10,19 +10,21 @@ from hetkd.methods.common.method import register_method
 from hetkd.methods.common.stagewise import PooledMethod
 from hetkd.utils.checks import not_negative, one_positive
 
+_TINY = 1e-24
+
 
 @register_method("rkd")
 class RKD(PooledMethod):
     r"""Relational knowledge distillation (Park et al., CVPR 2019, arXiv 1904.05068), on the vectors before classifiers.
 
-    With h Huber's loss, :math:`d_{ij} = \|x_i - x_j\|_2 / \mu`, where :math:`\mu` is the mean distance in the
-    batch, and :math:`a_{ijk}` the cosine of the angle at :math:`x_j` between :math:`x_i` and :math:`x_k`:
+    With h Huber's loss, :math:`d_{ij} = \|x_i - x_j\|_2 / \mu`, where :math:`\mu` is the mean distance in the batch,
+    and :math:`a_{ijk}` the cosine of the angle at :math:`x_j` between :math:`x_i` and :math:`x_k`:
 
     .. math:: L = w_{ce}\,CE + w_f \big(w_d \operatorname{mean}_{ij} h(d^s_{ij}, d^t_{ij})
         + w_a \operatorname{mean}_{ijk} h(a^s_{ijk}, a^t_{ijk})\big)
 
-    There are no parameters, and widths need not agree. The batch is that of each process; angles take memory with
-    its cube.
+    There are no parameters, and widths need not agree. The batch is that of each process; angles take memory with its
+    cube.
 
     Args:
         distance_weight: :math:`w_d`.
@@ -48,25 +50,40 @@ class RKD(PooledMethod):
         self.angle_weight = not_negative("angle_weight", angle_weight)
 
     def describe_pair(self, index: int) -> str:
-        """Returns what is compared."""
+        """Return what is compared."""
         return "distances and angles"
 
     def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns both parts, weighted; see `PooledMethod.compare_vectors`."""
+        """Return both parts, weighted; see `PooledMethod.compare_vectors`."""
         by_distance = F.smooth_l1_loss(distances(x), distances(target))
         return self.distance_weight * by_distance + self.angle_weight * F.smooth_l1_loss(angles(x), angles(target))
 
 
 def distances(x: Tensor) -> Tensor:
-    """Returns the distances ``[B, B]`` between the rows of ``x`` ``[B, C]``, divided by the mean of distinct rows."""
-    # The root has no gradient at 0, on the diagonal.
-    squares = (x.unsqueeze(0) - x.unsqueeze(1)).square().sum(-1)
-    other = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    distance = torch.where(other, squares.clamp_min(1e-12), 1).sqrt() * other
-    return distance / (distance.sum() / other.sum())
+    """Return the distances ``[B, B]`` between the rows of ``x`` ``[B, C]``, divided by the mean of distinct rows.
+
+    Example:
+        >>> distances(torch.tensor([[0.0], [1.0], [3.0]]))
+        tensor([[0.0000, 0.5000, 1.5000],
+                [0.5000, 0.0000, 1.0000],
+                [1.5000, 1.0000, 0.0000]])
+    """
+    distance = pairwise(x)
+    return distance / (distance.sum() / (len(x) * (len(x) - 1)))
 
 
 def angles(x: Tensor) -> Tensor:
-    """Returns the cosines ``[B, B, B]``, as ``[j, i, k]``, of the angles at row j between rows i and k of ``x``."""
-    directions = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
-    return directions @ directions.transpose(1, 2)
+    """Return the cosines ``[B, B, B]``, as ``[j, i, k]``, of the angles at row j between rows i and k of ``x``.
+
+    By the law of cosines, in float64: the differences of all rows would take more time and memory.
+    """
+    distance = pairwise(x.double())
+    inverse = torch.where(distance > _TINY, 1 / distance.clamp_min(_TINY), 0)
+    squares = distance.square()
+    doubled = squares.unsqueeze(2) + squares.unsqueeze(1) - squares.unsqueeze(0)
+    return (doubled * (inverse / 2).unsqueeze(2) * inverse.unsqueeze(1)).to(x.dtype)
+
+
+def pairwise(x: Tensor) -> Tensor:
+    """Return the distances ``[B, B]`` between rows ``[B, C]``, exact for rows that are nearly equal."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")

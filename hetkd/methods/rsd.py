@@ -18,9 +18,8 @@ from hetkd.utils.distributed import sum_over_processes, world_size
 class RSD(PooledMethod):
     r"""Redundancy suppression distillation (ICCV 2025, arXiv 2507.21844), on the vectors before the classifiers.
 
-    A learnt projector g (linear - batch norm - GELU - linear) brings the student's vector to the teacher's width.
-    With both standardised over the batch of all processes, C is their cross-correlation, and should be the
-    identity:
+    A learnt projector g (linear - batch norm - GELU - linear) brings the student's vector to the teacher's width. With
+    both standardised over the batch of all processes, C is their cross-correlation, and should be the identity:
 
     .. math:: L = w_{ce}\,CE + w_f \Big( \sum_i (1 - C_{ii})^2 + \kappa \sum_{i \ne j} C_{ij}^2 \Big), \quad
         C = \tfrac1B \, \tilde t^{\,\top} \widetilde{g(s)}
@@ -48,7 +47,7 @@ class RSD(PooledMethod):
         self.expansion = whole_number("expansion", expansion)
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Makes the projectors for these stage pairs; see `Method.bind`."""
+        """Make the projectors for these stage pairs; see `Method.bind`."""
         super().bind(pairs)
         self.project = nn.ModuleList(self._projector(p.student.channels, p.teacher.channels) for p in pairs)
 
@@ -62,16 +61,16 @@ class RSD(PooledMethod):
         )
 
     def describe_pair(self, index: int) -> str:
-        """Returns what is compared."""
+        """Return what is compared."""
         return "cross-correlation"
 
     def compare_vectors(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns the distance of the cross-correlation from the identity; see `PooledMethod.compare_vectors`."""
+        """Return the distance of the cross-correlation from the identity; see `PooledMethod.compare_vectors`."""
         return redundancy(self.project[index](x), target, self.decorrelation)
 
 
 def redundancy(student: Tensor, target: Tensor, decorrelation: float) -> Tensor:
-    """Returns how far the cross-correlation of ``[B, D]`` and ``[B, D]`` over all processes is from the identity."""
+    """Return how far the cross-correlation of ``[B, D]`` and ``[B, D]`` over all processes is from the identity."""
     student, target = standardize_batch(student), standardize_batch(target, eps=TARGET_EPS)
     cross = sum_over_processes(target.T @ student) / (len(student) * world_size())
     squares = (cross - torch.eye(len(cross), device=cross.device)).square()

@@ -28,12 +28,11 @@ class UHKD(StagewiseMethod):
 
     For each stage pair:
 
-    - *Feature Transformation Module* (teacher, no parameters): the K x K lowest frequencies of the
-      map, as amplitudes or complex numbers, compressed, standardised. They do not depend on the
-      native grid, so maps of different sizes need no resampling.
-    - *Feature Alignment Module* (student, learnable, dropped after training): 1x1 convolution -
-      norm - GELU - 1x1 convolution to the teacher's channels, the same spectrum, and a real affine
-      map a channel and a frequency.
+    - *Feature Transformation Module* (teacher, no parameters): the K x K lowest frequencies of the map, as amplitudes
+      or complex numbers, compressed, standardised. They do not depend on the native grid, so maps of different sizes
+      need no resampling.
+    - *Feature Alignment Module* (student, learnable, dropped after training): 1x1 convolution - norm - GELU - 1x1
+      convolution to the teacher's channels, the same spectrum, and a real affine map a channel and a frequency.
     - *Loss*: mean squared error between both.
 
     The loss is ``ce_weight CE + kd_weight KL + feature_weight sum over stages of weight times MSE``.
@@ -43,10 +42,9 @@ class UHKD(StagewiseMethod):
         grid: Most pixels a side of the student's map in FAM, or ``keep`` where that is more.
         keep: K, frequencies kept per axis; ``None``: 5, or fewer on a smaller grid.
         spectrum: ``"complex"``: real and imaginary parts; ``"amplitude"``: invariant to circular shifts.
-        compression: Of the amplitudes: ``"none"``, ``"log"`` (log(1 + a)) or ``"power"`` (square
-            root), phases kept.
-        normalize: How targets are standardised: ``"batch"`` (each coefficient over the batch of all
-            processes) or ``"sample"`` (each sample by its own energy).
+        compression: Of the amplitudes: ``"none"``, ``"log"`` (log(1 + a)) or ``"power"`` (square root), phases kept.
+        normalize: How targets are standardised: ``"batch"`` (each coefficient over the batch of all processes) or
+            ``"sample"`` (each sample by its own energy).
         width: Most channels to compare; the teacher's further ones go through a fixed orthonormal map.
         reduction: That map: ``"orthogonal"`` or ``"pca"`` (fitted on the first batch).
         kd_weight: Weight of the KL divergence between logits; 0 for a teacher without a classifier.
@@ -85,7 +83,7 @@ class UHKD(StagewiseMethod):
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Makes the alignment modules for these stage pairs; see `Method.bind`.
+        """Make the alignment modules for these stage pairs; see `Method.bind`.
 
         Raises:
             ValueError: If a grid is too small for ``keep``.
@@ -105,15 +103,15 @@ class UHKD(StagewiseMethod):
         self.register_buffer("weight", weights_side_by_side(windows, widths), persistent=False)
 
     def describe_pair(self, index: int) -> str:
-        """Returns the kept frequencies of stage pair ``index``."""
+        """Return the kept frequencies of stage pair ``index``."""
         return f"{self._keeps[index]} x {self._keeps[index]} frequencies"
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
-        """Returns the teacher's compressed spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
+        """Return the teacher's compressed spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
         return self.compress(self.reduce[index](self.teacher_spectra[index](x)))
 
     def compare_all(self, maps: list[Tensor], targets: list[Tensor], labels: Tensor | None) -> list[Tensor]:
-        """Returns the mean squared errors between FAM's output and the standardised targets."""
+        """Return the mean squared errors between FAM's output and the standardised targets."""
         students = [align(x) for align, x in zip(self.align, maps, strict=True)]
         over_batch, is_complex = self.normalize == "batch", self.spectrum == "complex"
         if not over_batch:
@@ -160,7 +158,7 @@ class FAM(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width, keep, keep // 2 + 1, *parts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, C, h, w]`` to ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
+        """Map ``[B, C, h, w]`` to ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis)."""
         spectrum = self.spectrum(self.layers(to_grid(x, self.grid)))
         return self.compress(self._mixed(spectrum)) * (1 + self.gain) + self.bias
 
@@ -173,5 +171,5 @@ class FAM(nn.Module):
 
 
 def spectrum_per_pixel(x: Tensor, keep: int) -> Tensor:
-    """Returns low frequencies scaled as by an orthonormal transform: white noise has unit coefficients on any grid."""
+    """Return low frequencies scaled as by an orthonormal transform: white noise has unit coefficients on any grid."""
     return low_frequencies(x, keep, half=True) * (x.shape[-2] * x.shape[-1]) ** 0.5

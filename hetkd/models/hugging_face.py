@@ -5,7 +5,7 @@ from typing import Any
 
 
 def copy_label_names(teacher: Any, student: Any) -> None:
-    """Gives a Hugging Face student the names of its Hugging Face teacher's classes."""
+    """Give a Hugging Face student the names of its Hugging Face teacher's classes."""
     names = getattr(getattr(teacher, "config", None), "id2label", None)
     if names and len(names) == len(getattr(getattr(student, "config", None), "id2label", ())):
         student.config.id2label = dict(names)
@@ -13,7 +13,7 @@ def copy_label_names(teacher: Any, student: Any) -> None:
 
 
 def image_processor_settings(config: Any) -> dict[str, Any]:
-    """Returns the settings of a Hugging Face model's image processor, from its files or its type's defaults."""
+    """Return the settings of a Hugging Face model's image processor, from its files or its type's defaults."""
     from transformers import AutoImageProcessor
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 

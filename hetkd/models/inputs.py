@@ -25,8 +25,8 @@ class InputSpec:
         mean: Per channel, of images in [0, 1].
         std: Per channel.
         interpolation: How images are resized: ``"bilinear"`` or ``"bicubic"``, antialiased.
-        crop_ratio: For evaluation, the side of the central crop over the short side of the image;
-            ``None``: the whole image is resized, whatever its aspect ratio.
+        crop_ratio: For evaluation, the side of the central crop over the short side of the image; ``None``: the whole
+            image is resized, whatever its aspect ratio.
         reversed_channels: Whether the model takes the normalised channels in reverse order, as BGR.
     """
 
@@ -40,12 +40,11 @@ class InputSpec:
 
 
 def input_spec(model: nn.Module, channels: int | None = None) -> InputSpec:
-    """Reads a model's channels, input size and preprocessing.
+    """Read a model's channels, input size and preprocessing.
 
-    timm models carry them in their configuration, Hugging Face models in their image processor
-    (or, for a model without files, in the defaults of its type), torchvision models built by
-    `hetkd.load_model` in their weights' preset. Others get the convention of torchvision: ImageNet's
-    normalisation and 224 pixels.
+    timm models carry them in their configuration, Hugging Face models in their image processor (or, for a model without
+    files, in the defaults of its type), torchvision models built by `hetkd.load_model` in their weights' preset. Others
+    get the convention of torchvision: ImageNet's normalisation and 224 pixels.
 
     Args:
         model: The model.
@@ -77,7 +76,7 @@ Settings = dict[str, Any]
 
 
 def _preprocessing(model: Any) -> tuple[Settings, int | Sequence[int]]:
-    """Returns a model's preprocessing in the words of `InputSpec`, and its input size."""
+    """Return a model's preprocessing in the words of `InputSpec`, and its input size."""
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
         return _of_timm(model)
     if hasattr(getattr(model, "config", None), "model_type"):
@@ -109,7 +108,7 @@ def _of_hugging_face(config: Any) -> tuple[Settings, int | Sequence[int]]:
 
 
 def _hugging_face_normalization(processor: Settings) -> Settings:
-    """Returns the mean and standard deviation of images in [0, 1] that do what an image processor does."""
+    """Return the mean and standard deviation of images in [0, 1] that do what an image processor does."""
     scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255.0
     offset = 1.0 if processor.get("rescale_offset") else 0.0
     mean: Sequence[float] = (0.0,)
@@ -122,7 +121,7 @@ def _hugging_face_normalization(processor: Settings) -> Settings:
 
 
 def _side(size: Any) -> tuple[int, int] | None:
-    """Reads the size in a Hugging Face image processor: ``{"shortest_edge": s}`` or ``{"height": h, "width": w}``."""
+    """Read the size in a Hugging Face image processor: ``{"shortest_edge": s}`` or ``{"height": h, "width": w}``."""
     if isinstance(size, (int, tuple, list)):
         return _pair(size)
     if not size:
@@ -156,8 +155,8 @@ class InputTransform(nn.Module):
     Args:
         spec: What the model wants.
         size: Height and width to resize to.
-        normalized: Mean and standard deviation that the incoming images were already normalised
-            with, or ``None`` for images in [0, 1].
+        normalized: Mean and standard deviation that the incoming images were already normalised with, or ``None`` for
+            images in [0, 1].
     """
 
     def __init__(self, spec: InputSpec, size: tuple[int, int], normalized: Normalization | None = None) -> None:
@@ -181,7 +180,7 @@ class InputTransform(nn.Module):
     shift: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images ``[B, C, H, W]``, float or uint8, to ``[B, C, *size]`` in float32."""
+        """Map images ``[B, C, H, W]``, float or uint8, to ``[B, C, *size]`` in float32."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if x.shape[-2:] != self.size:
             x = F.interpolate(x, size=self.size, mode=self.spec.interpolation, align_corners=False, antialias=True)
@@ -198,7 +197,7 @@ def _per_channel(values: Sequence[float], channels: int) -> list[float]:
 
 
 def check_images(images: Any, channels: int, *, look_at_values: bool, normalized: bool) -> None:
-    """Refuses what cannot be a batch of images.
+    """Refuse what cannot be a batch of images.
 
     Args:
         images: The candidate.
@@ -241,7 +240,7 @@ def _check_range(images: Tensor, normalized: bool) -> None:
 
 
 def check_labels(labels: Any, batch: int, classes: int | None, look_at_values: bool) -> None:
-    """Refuses labels of a wrong dtype, shape or range.
+    """Refuse labels of a wrong dtype, shape or range.
 
     Args:
         labels: The candidate: ``[B]`` int64 or ``[B, classes]`` float.

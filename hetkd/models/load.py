@@ -23,13 +23,13 @@ def load_model(
     weights: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Builds a model from a string.
+    """Build a model from a string.
 
     Args:
         name: ``"timm:NAME"``, ``"hf:ORG/NAME"`` or ``"hf:DIRECTORY"`` (of ``save_pretrained``), or
             ``"torchvision:NAME"``; a bare name means timm.
-        num_classes: Classes of the head; ``None`` keeps what the model has. A pretrained model
-            with another number gets a new, untrained head.
+        num_classes: Classes of the head; ``None`` keeps what the model has. A pretrained model with another number gets
+            a new, untrained head.
         pretrained: Load the library's pretrained weights.
         weights: Weights from this file instead: safetensors, or a PyTorch file of tensors only.
         **kwargs: Passed to the library (``in_chans=1``, ``img_size=64``, ...).
@@ -41,6 +41,11 @@ def load_model(
         ValueError: If library, name or weights are not valid; nearest names are given.
         RuntimeError: If pretrained weights cannot be fetched.
         FileNotFoundError: If ``weights`` does not exist.
+
+    Example:
+        >>> model = load_model("timm:test_vit", pretrained=False, num_classes=10)
+        >>> model.num_classes
+        10
     """
     library, model_name = split_name(name)
     builders: dict[str, Callable[..., nn.Module]] = {
@@ -59,14 +64,18 @@ def list_models(pattern: str = "*") -> list[str]:
     """Lists the names that `load_model` takes, of timm and torchvision; Hugging Face's hub cannot be listed offline.
 
     Args:
-        pattern: With ``*`` and ``?``: ``"timm:*mobile*"``, ``"torchvision:*"``. A bare pattern is
-            matched in both libraries.
+        pattern: With ``*`` and ``?``: ``"timm:*mobile*"``, ``"torchvision:*"``. A bare pattern is matched in both
+            libraries.
 
     Returns:
         Names with their library, sorted: ``"timm:mobilenetv2_100"``.
 
     Raises:
         ValueError: If the library is unknown, or if nothing matches; nearest names are given.
+
+    Example:
+        >>> list_models("timm:resnet18*")[:2]
+        ['timm:resnet18', 'timm:resnet18d']
     """
     import timm
     import torchvision.models
@@ -86,7 +95,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Splits ``"timm:resnet18"`` into library and name; a bare name is timm's.
+    """Split ``"timm:resnet18"`` into library and name; a bare name is timm's.
 
     Raises:
         ValueError: If the library is unknown.
@@ -152,7 +161,7 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
 
 
 def _torchvision_arguments(name: str, weights: Any) -> dict[str, Any]:
-    """Returns what torchvision's builders set when they are given weights, which they would unpickle."""
+    """Return what torchvision's builders set when they are given weights, which they would unpickle."""
     if name in ("googlenet", "inception_v3"):
         return {"transform_input": True, "init_weights": False}
     return {"image_size": weights.meta["min_size"][0]} if name.startswith("vit_") else {}
@@ -189,7 +198,7 @@ def _hugging_face_model(name: str, num_classes: int | None, pretrained: bool, kw
 
 
 def _fetched(name: str, from_network: bool, build: Callable[[], Any]) -> Any:
-    """Builds, and says what to do where pretrained weights cannot be fetched."""
+    """Build, and says what to do where pretrained weights cannot be fetched."""
     try:
         return build()
     except ValueError as error:

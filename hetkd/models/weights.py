@@ -80,12 +80,11 @@ def _differences(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[in
 
 
 def save_model(model: Any, path: str | Path) -> None:
-    """Saves a plain model with its library's own keys.
+    """Save a plain model with its library's own keys.
 
     Args:
         model: The model.
-        path: A file ending in ``.safetensors``; for a Hugging Face model also a directory, for
-            ``save_pretrained``.
+        path: A file ending in ``.safetensors``; for a Hugging Face model also a directory, for ``save_pretrained``.
 
     Raises:
         ValueError: If the path fits neither.
@@ -102,7 +101,7 @@ def save_model(model: Any, path: str | Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes tensors, copied to contiguous memory of their own (tied weights included), as safetensors."""
+    """Write tensors, copied to contiguous memory of their own (tied weights included), as safetensors."""
     from safetensors.torch import save
 
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}

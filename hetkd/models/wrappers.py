@@ -6,14 +6,14 @@ from torch import nn
 
 
 def unwrap(model: Any) -> Any:
-    """Returns the module inside of DDP, DataParallel and ``torch.compile``; other modules as they are."""
+    """Return the module inside of DDP, DataParallel and ``torch.compile``; other modules as they are."""
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     return model
 
 
 def tapped_module(model: Any) -> Any:
-    """Returns the module that is tapped: that inside of `unwrap`, of PEFT, and of Hugging Face's wrapper of timm."""
+    """Return the module that is tapped: that inside of `unwrap`, of PEFT, and of Hugging Face's wrapper of timm."""
     model = unwrap(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return tapped_module(model.get_base_model())
@@ -22,7 +22,7 @@ def tapped_module(model: Any) -> Any:
 
 
 def architecture_name(model: nn.Module) -> str:
-    """Returns timm's or Hugging Face's name of an architecture, or the name of the class."""
+    """Return timm's or Hugging Face's name of an architecture, or the name of the class."""
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict) and config.get("architecture"):
         return str(config["architecture"])

@@ -1,7 +1,7 @@
 """Wavelet and Fourier transforms of feature maps, as functions and as modules.
 
-All of them compute in float32 with autocast off (half-precision FFTs need power-of-two sizes and
-bfloat16 ones do not exist; float64 stays float64), use real parameters only, and take odd grids.
+All of them compute in float32 with autocast off (half-precision FFTs need power-of-two sizes and bfloat16 ones do not
+exist; float64 stays float64), use real parameters only, and take odd grids.
 """
 
 from hetkd.spectral.fourier import LowFrequencies, amplitude, frequencies, low_frequencies, real_fourier_basis

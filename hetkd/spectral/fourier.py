@@ -9,12 +9,16 @@ from hetkd.spectral.precision import full_precision, separable
 
 
 def frequencies(keep: int, *, half: bool = False) -> list[int]:
-    """Returns the ``keep`` lowest integer frequencies, ascending: ``[-2, -1, 0, 1, 2]`` for 5.
+    """Return the ``keep`` lowest integer frequencies, ascending: ``[-2, -1, 0, 1, 2]`` for 5.
 
     Args:
         keep: How many; for an even number the negative side has one more, as in ``torch.fft``.
-        half: Only the non-negative ones, which for real signals along one axis carry everything
-            (an even ``keep`` also has its Nyquist-side frequency ``keep // 2``).
+        half: Only the non-negative ones, which for real signals along one axis carry everything (an even ``keep`` also
+            has its Nyquist-side frequency ``keep // 2``).
+
+    Example:
+        >>> frequencies(5)
+        [-2, -1, 0, 1, 2]
     """
     if half:
         return list(range(keep // 2 + 1))
@@ -23,28 +27,31 @@ def frequencies(keep: int, *, half: bool = False) -> list[int]:
 
 @full_precision
 def low_frequencies(x: Tensor, keep: int, *, half: bool = False) -> Tensor:
-    r"""Computes the centred low-frequency part of the 2-D spectrum of real feature maps.
+    r"""Compute the centred low-frequency part of the 2-D spectrum of real feature maps.
 
     .. math:: X_{uv} = \frac{1}{hw} \sum_{y,x} x_{yx} e^{-2 \pi i (uy/h + vx/w)}
 
-    equals ``fftshift(fft2(x, norm="forward"))`` cropped to its centre. With this norm the
-    coefficients do not depend on the grid, so that cropping is the resampling: maps of any two
-    sizes yield comparable results. Only ``keep`` rows and columns of the transform are computed,
-    each by a real matrix product.
+    equals ``fftshift(fft2(x, norm="forward"))`` cropped to its centre. With this norm the coefficients do not depend on
+    the grid, so that cropping is the resampling: maps of any two sizes yield comparable results. Only ``keep`` rows and
+    columns of the transform are computed, each by a real matrix product.
 
     Args:
         x: ``[..., h, w]``, floating point, any grid.
         keep: Frequencies K per axis, at most min(h, w); odd numbers are symmetric about zero.
-        half: Return the non-negative horizontal frequencies only; the others are their complex
-            conjugates.
+        half: Return the non-negative horizontal frequencies only; the others are their complex conjugates.
 
     Returns:
-        ``[..., K, K, 2]`` (or ``[..., K, K // 2 + 1, 2]`` for ``half``): real and imaginary
-        parts, zero frequency at row K // 2 and, unless ``half``, column K // 2. float32, or
-        float64 if ``x`` is.
+        ``[..., K, K, 2]`` (or ``[..., K, K // 2 + 1, 2]`` for ``half``): real and imaginary parts, zero frequency at
+        row K // 2 and, unless ``half``, column K // 2. float32, or float64 if ``x`` is.
 
     Raises:
         ValueError: If ``keep`` is not between 1 and min(h, w).
+
+    Example:
+        >>> low_frequencies(torch.ones(2, 64, 7, 7), keep=3).shape
+        torch.Size([2, 64, 3, 3, 2])
+        >>> low_frequencies(torch.full((4, 4), 3.0), keep=1)[..., 0]  # the mean
+        tensor([[3.]])
     """
     height, width = x.shape[-2:]
     if not 1 <= keep <= min(height, width):
@@ -59,7 +66,7 @@ def low_frequencies(x: Tensor, keep: int, *, half: bool = False) -> Tensor:
 
 
 def _dft_matrix(first: int, end: int, size: int, like: Tensor) -> Tensor:
-    """Returns cosines and sines ``[2, end - first, size]`` of the integer frequencies, divided by ``size``."""
+    """Return cosines and sines ``[2, end - first, size]`` of the integer frequencies, divided by ``size``."""
     frequency = torch.arange(first, end, dtype=like.dtype, device=like.device)
     position = torch.arange(size, dtype=like.dtype, device=like.device)
     angle = torch.outer(frequency, position) * (2 * math.pi / size)
@@ -67,22 +74,26 @@ def _dft_matrix(first: int, end: int, size: int, like: Tensor) -> Tensor:
 
 
 def amplitude(spectrum: Tensor, eps: float = 1e-12) -> Tensor:
-    """Returns the amplitudes ``[...]`` of a spectrum ``[..., 2]``, with a finite gradient at zero.
+    """Return the amplitudes ``[...]`` of a spectrum ``[..., 2]``, with a finite gradient at zero.
 
     Amplitudes do not change under circular shifts of the map; they know nothing of its layout.
 
     Args:
         spectrum: Real and imaginary parts in the last axis.
         eps: Added under the square root.
+
+    Example:
+        >>> amplitude(torch.tensor([[3.0, 4.0]]))
+        tensor([5.])
     """
     return (spectrum.square().sum(-1) + eps).sqrt()
 
 
 def real_fourier_basis(size: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Returns an orthonormal basis of cosines and sines of the integer frequencies.
+    """Return an orthonormal basis of cosines and sines of the integer frequencies.
 
-    In it every circular convolution with an even kernel, that is every real gate on the Fourier
-    spectrum, is a multiplication: ``basis.T @ diag(gate[frequency]) @ basis``, all in real numbers.
+    In it every circular convolution with an even kernel, that is every real gate on the Fourier spectrum, is a
+    multiplication: ``basis.T @ diag(gate[frequency]) @ basis``, all in real numbers.
 
     Args:
         size: Number of samples n.
@@ -90,6 +101,13 @@ def real_fourier_basis(size: int, *, dtype: torch.dtype = torch.float32) -> tupl
 
     Returns:
         The basis ``[n, n]``, one wave a row, and the frequency ``[n]`` of each row in cycles (int64).
+
+    Example:
+        >>> basis, frequency = real_fourier_basis(4)
+        >>> frequency.tolist()
+        [0, 1, 1, 2]
+        >>> torch.allclose(basis @ basis.T, torch.eye(4), atol=1e-6)
+        True
     """
     position = torch.arange(size, dtype=torch.float64)
     waves, frequency = [], []
@@ -112,9 +130,9 @@ class LowFrequencies(nn.Module):
         self.keep, self.half_plane = keep, half
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[..., h, w]`` to ``[..., K, K, 2]``."""
+        """Map ``[..., h, w]`` to ``[..., K, K, 2]``."""
         return low_frequencies(x, self.keep, half=self.half_plane)
 
     def extra_repr(self) -> str:
-        """Shows the options."""
+        """Show the options."""
         return f"keep={self.keep}, half={self.half_plane}"

@@ -15,16 +15,16 @@ def gaussian_window(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    r"""Returns Gaussian low-pass weights on the centred frequency grid of a ``height x width`` map.
+    r"""Return Gaussian low-pass weights on the centred frequency grid of a ``height x width`` map.
 
     .. math:: w_{uv} = \exp\left(-\frac{(u / (h/2))^2 + (v / (w/2))^2}{2 \sigma^2}\right)
 
     Args:
         height: Rows of the map whose spectrum is weighted.
         width: Its columns.
-        sigma: Width of the Gaussian as a fraction of the Nyquist frequency (0.5 cycles a pixel):
-            at a frequency of ``sigma`` times Nyquist the weight is exp(-1/2). 0 leaves the mean
-            (zero frequency) only; ``math.inf`` weighs everything alike.
+        sigma: Width of the Gaussian as a fraction of the Nyquist frequency (0.5 cycles a pixel): at a frequency of
+            ``sigma`` times Nyquist the weight is exp(-1/2). 0 leaves the mean (zero frequency) only; ``math.inf``
+            weighs everything alike.
         dtype: Of the result.
         device: Of the result.
 
@@ -33,16 +33,20 @@ def gaussian_window(
 
     Raises:
         ValueError: If ``sigma`` is negative or not a number.
+
+    Example:
+        >>> gaussian_window(1, 5, sigma=0.4)
+        tensor([[0.1353, 0.6065, 1.0000, 0.6065, 0.1353]])
     """
     rows, columns = (_axis_weights(size, size, sigma).to(device=device, dtype=dtype) for size in (height, width))
     return torch.outer(rows, columns)
 
 
 def half_plane_window(grid: tuple[int, int], keep: int, sigma: float) -> Tensor:
-    """Returns the weights of `gaussian_window` for the layout of ``low_frequencies(..., half=True)``.
+    """Return the weights of `gaussian_window` for the layout of ``low_frequencies(..., half=True)``.
 
-    Columns that stand for two conjugate coefficients count twice, so that a weighted mean over the
-    half plane is that over the whole.
+    Columns that stand for two conjugate coefficients count twice, so that a weighted mean over the half plane is that
+    over the whole.
 
     Args:
         grid: Height and width of the map whose spectrum is weighted.
@@ -51,6 +55,12 @@ def half_plane_window(grid: tuple[int, int], keep: int, sigma: float) -> Tensor:
 
     Returns:
         ``[K, K // 2 + 1]`` in float32.
+
+    Example:
+        >>> half_plane_window((5, 5), keep=3, sigma=float("inf"))
+        tensor([[1., 2.],
+                [1., 2.],
+                [1., 2.]])
     """
     rows, half = _axis_weights(keep, grid[0], sigma), keep // 2
     columns = _axis_weights(2 * half + 1, grid[1], sigma)[half:]
@@ -79,11 +89,11 @@ class GaussianWindow(nn.Module):
         self.sigma = sigma
 
     def forward(self, spectrum: Tensor) -> Tensor:
-        """Returns ``spectrum`` times the window of its last two axes."""
+        """Return ``spectrum`` times the window of its last two axes."""
         return _weigh(spectrum, self.sigma)
 
     def extra_repr(self) -> str:
-        """Shows the options."""
+        """Show the options."""
         return f"sigma={self.sigma}"
 
 

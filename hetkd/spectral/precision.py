@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def full_precision(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Makes a function of a tensor compute in float32 (float64 stays) whatever autocast says."""
+    """Make a function of a tensor compute in float32 (float64 stays) whatever autocast says."""
 
     @wraps(function)
     def wrapper(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -29,7 +29,7 @@ def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Returns ``x`` in float32, or as it is if it is float64.
+    """Return ``x`` in float32, or as it is if it is float64.
 
     Raises:
         TypeError: If ``x`` is not a real floating-point tensor.
@@ -40,7 +40,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Computes ``rows @ x @ columns.T`` for maps ``[..., h, w]``.
+    """Compute ``rows @ x @ columns.T`` for maps ``[..., h, w]``.
 
     As two products with all maps at once, which is several times faster than one small product a map.
 

@@ -2,6 +2,8 @@
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,21 @@ from hetkd.distillation import Distillation
 from hetkd.training.options import TrainingOptions
 
 _FUSED = ("adam", "adamw", "sgd")
+
+
+@contextmanager
+def own_state_kept() -> Iterator[None]:
+    """Give the user's own Accelerate state, if there is one, back after the context."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states: list[Any] = [PartialState, AcceleratorState, GradientState]
+    before = [dict(state._shared_state) for state in states]
+    try:
+        yield
+    finally:
+        for state, values in zip(states, before, strict=True) if before[0] else ():
+            state._shared_state.clear()
+            state._shared_state.update(values)
 
 
 def make_accelerator(options: TrainingOptions, folder: Path | None) -> Any:

@@ -13,9 +13,12 @@ from torch.utils.data import DataLoader
 from hetkd.cache.records import TeacherCache
 from hetkd.data.augment import Augmentation
 from hetkd.data.images import TensorImages, TransformedImages, has_labels, images_and_labels, length
+from hetkd.data.seeding import sample_seed
 from hetkd.distillation import Distillation
 from hetkd.models.inputs import check_labels
 from hetkd.training.options import TrainingOptions
+from hetkd.training.sampling import set_epoch, with_drawn_samples
+from hetkd.training.signals import QuietWorker
 
 
 class Batch(NamedTuple):
@@ -104,7 +107,7 @@ class Batches:
             self._refuse_missing_labels()
         self.size: int = getattr(loader, "batch_size", None) or options.batch_size
         self._check_last_batch(loader)
-        self.loader = shared_out(loader, distillation.classes, accelerator)
+        self.loader = shared_out(loader, "train", distillation.classes, options.seed, accelerator)
         self.count = self._count(is_shared_out=isinstance(loader, DataLoader))
         self.updates = None if self.count is None else math.ceil(self.count / options.gradient_accumulation)
 
@@ -120,6 +123,14 @@ class Batches:
             order: Sets order and augmentation (`hetkd.training.run.RunState.order`).
             skip: Batches that are done already.
         """
+        last: Batch | None = None
+        for batch in self._on_device(order, skip):
+            if len(batch.images) == 1 and last is not None and self._distillation.method.batch_statistics:
+                batch = _joined(last, batch)
+            yield batch
+            last = batch
+
+    def _on_device(self, order: int, skip: int) -> Iterator[Batch]:
         for batch in self._loaded(order, skip):
             targets = None
             if self.cache is not None:
@@ -143,8 +154,10 @@ class Batches:
 
         if isinstance(self.dataset, TransformedImages):
             self.dataset.start_epoch(order)
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(order)
+        set_epoch(self.loader, order)
+        generator = getattr(self.loader, "generator", None)
+        if generator is not None:  # the user's, which loading processes are seeded from
+            generator.manual_seed(sample_seed(self.options.seed, order, 1) % 2**63)
         if not skip and isinstance(self.loader, DataLoader):
             return self.loader
         # Of these, what a batch holds depends on nothing before it.
@@ -153,6 +166,17 @@ class Batches:
             rest.set_epoch(order)
             return rest
         return itertools.islice(self.loader, skip, self.count)
+
+    def weight(self, step: int) -> float:
+        """Return the factor of the loss of a step, from 1: more than 1 in a last, shorter window of accumulation.
+
+        Accelerate divides each loss by ``gradient_accumulation``, however many batches the window has.
+        """
+        window = self.options.gradient_accumulation
+        if window == 1 or self.count is None:
+            return 1.0
+        first = (step - 1) // window * window
+        return window / min(window, self.count - first)
 
     def _refuse_missing_labels(self) -> None:
         if self._distillation.method.ce_weight:
@@ -189,15 +213,29 @@ class Batches:
         return batches
 
 
-def shared_out(loader: Iterable[Any], classes: int | None, accelerator: Any) -> Any:
-    """Share a ``DataLoader`` out to the processes; other iterables are each process's own.
+def _joined(last: Batch, batch: Batch) -> Batch:
+    """Return a batch of one image together with the last image before it: one image has no statistics."""
+    labels = None
+    if batch.labels is not None and last.labels is not None:
+        labels = torch.cat([last.labels[-1:], batch.labels])
+    targets = None
+    if batch.targets is not None and last.targets is not None:
+        targets = {name: torch.cat([last.targets[name][-1:], x]) for name, x in batch.targets.items()}
+    return Batch(torch.cat([last.images[-1:], batch.images]), labels, targets)
+
+
+def shared_out(loader: Iterable[Any], what: str, classes: int | None, seed: int, accelerator: Any) -> Any:
+    """Share a ``DataLoader`` out to the processes, each image once; other iterables are each process's own.
 
     Raises:
-        ValueError: If labels in memory are out of range.
+        ValueError: If labels in memory are out of range, or a sampler shares the data out already.
     """
     if not isinstance(loader, DataLoader):
         return loader
     labels = loader.dataset.labels if isinstance(loader.dataset, TensorImages) else None
     if labels is not None:  # all of them are at hand: look before any training
         check_labels(labels, len(labels), classes, look_at_values=True)
-    return accelerator.prepare_data_loader(loader, device_placement=False)
+    drawn = with_drawn_samples(loader, what, seed)
+    prepared = accelerator.prepare_data_loader(drawn, device_placement=False)
+    prepared.worker_init_fn = QuietWorker(prepared.worker_init_fn)
+    return prepared

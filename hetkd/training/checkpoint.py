@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hetkd.models.weights import save_model
-from hetkd.utils.files import checksum, sync_folder, write_atomically, write_json
+from hetkd.utils.files import checksum, sync_folder, with_prefix, write_json, write_text
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
@@ -56,7 +58,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, *, resume: bool, keep_last: int = 2) -> None:
-        self.path, self.keep_last = Path(path), keep_last
+        self.path, self.keep_last = Path(path).expanduser(), keep_last
         self.checkpoints = self.path / CHECKPOINTS
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output_dir={str(path)!r} is a file.")
@@ -65,13 +67,53 @@ class RunFolder:
                 f"output_dir={str(path)!r} holds another run: go on with resume=True, or choose another folder."
             )
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder; the lock of a run that crashed holds nobody back.
+
+        Raises:
+            FileExistsError: If another run writes there now.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise FileExistsError(
+                f"output_dir={str(self.path)!r} is in use by another run: wait for it, or choose another folder."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
     def start(self, settings: dict[str, Any], plan: str) -> None:
         """Write settings and plan, and remove the leftovers of an interrupted write."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / SETTINGS, settings)
-        write_atomically(self.path / "plan.txt", lambda temporary: _write_text(temporary, plan + "\n"))
+        write_text(self.path / "plan.txt", plan + "\n")
         for leftover in self.checkpoints.glob(".*.tmp"):
             shutil.rmtree(leftover)
+
+    def try_out(self, student: nn.Module, state: Mapping[str, Any]) -> None:
+        """Save a student and a state dict once, and remove them: what cannot be saved is found before the training.
+
+        Raises:
+            ValueError: If the state dict holds anything but tensors.
+            OSError: If the folder cannot be written to.
+        """
+        other = [name for name, x in state.items() if not isinstance(x, Tensor)]
+        if other:
+            raise ValueError(
+                f"{other[0]} holds a {type(state[other[0]]).__name__}, but checkpoints hold tensors only: remove "
+                "get_extra_state from that module, or let it return a tensor."
+            )
+        with TemporaryDirectory(prefix=".trial-", dir=self.path) as folder:
+            save_model(student, Path(folder) / LAST)
+            save_file(with_prefix("", state), Path(folder) / _TENSORS)
 
     def save_student(self, student: nn.Module, name: str) -> None:
         """Save a plain student under ``BEST`` or ``LAST``."""
@@ -168,7 +210,3 @@ def _flushed_checksum(path: Path) -> str:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return checksum(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

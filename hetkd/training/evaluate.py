@@ -1,19 +1,22 @@
 """Evaluation of a student: every image counts once, in however many processes."""
 
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hetkd.data.images import has_labels, images_and_labels, make_loader
+from hetkd.data.images import TransformedImages, has_labels, images_and_labels, make_loader
+from hetkd.data.seeding import generators_kept
 from hetkd.distillation import Distillation
 from hetkd.features.hooks import eval_mode
 from hetkd.models.inputs import check_images, check_labels
 
+_LOOKED_AT = 64
 WITHOUT_LABELS = "val has images without labels, which say nothing of accuracy: leave val out."
 
 
@@ -80,19 +83,7 @@ def measure(
     seen = 0
     with eval_mode(model), torch.inference_mode(), autocast:
         for batch in loader:
-            images, labels = images_and_labels(batch)
-            if labels is None:
-                raise ValueError(WITHOUT_LABELS)
-            labels = torch.as_tensor(labels)
-            if labels.ndim != 1:
-                raise ValueError(f"val needs class indices [B] as labels, got shape {list(labels.shape)}.")
-            check_images(
-                images,
-                distillation.student_inputs.spec.channels,
-                look_at_values=seen == 0,
-                normalized=distillation.normalized,
-            )
-            check_labels(labels, len(images), classes, look_at_values=True)
+            images, labels = _checked(distillation, batch, first=seen == 0)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             logits = distillation.predict(images, model).float()
             if accelerator is not None and shared_out:
@@ -104,6 +95,41 @@ def measure(
     if seen == 0:
         raise ValueError("val is empty: its loader yields no batch.")
     return {**{name: 100 * metric.compute().item() for name, metric in metrics.items()}, "loss": loss.compute().item()}
+
+
+def look_at_validation(distillation: Distillation, loader: Iterable[Any]) -> None:
+    """Load and check the first batch of a loader of validation data, and images spread over all of its own data set.
+
+    Raises:
+        ValueError: If images or labels are not valid.
+        OSError: If an image cannot be read.
+    """
+    dataset: Any = getattr(loader, "dataset", None)
+    batches: Any = getattr(loader, "batch_sampler", None)
+    if not isinstance(loader, DataLoader) or batches is None or not hasattr(dataset, "__getitem__"):
+        return  # a stream, which cannot be looked at twice
+    with generators_kept():
+        first = next(iter(batches), None)
+        if first is None:
+            raise ValueError("val is empty: its loader yields no batch.")
+        fetched = dataset.__getitems__(first) if hasattr(dataset, "__getitems__") else [dataset[i] for i in first]
+        _checked(distillation, loader.collate_fn(fetched), first=True)
+        if isinstance(dataset, TransformedImages):
+            for index in range(0, len(dataset), math.ceil(len(dataset) / _LOOKED_AT)):
+                dataset[index]
+
+
+def _checked(distillation: Distillation, batch: Any, *, first: bool) -> tuple[Tensor, Tensor]:
+    images, labels = images_and_labels(batch)
+    if labels is None:
+        raise ValueError(WITHOUT_LABELS)
+    labels = torch.as_tensor(labels)
+    if labels.ndim != 1:
+        raise ValueError(f"val needs class indices [B] as labels, got shape {list(labels.shape)}.")
+    channels = distillation.student_inputs.spec.channels
+    check_images(images, channels, look_at_values=first, normalized=distillation.normalized)
+    check_labels(labels, len(images), distillation.classes, look_at_values=True)
+    return images, labels
 
 
 def _accuracies(classes: int, device: torch.device, *, sync: bool) -> dict[str, Any]:

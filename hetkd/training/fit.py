@@ -1,6 +1,7 @@
 """Training on Hugging Face Accelerate: set up, epochs, steps."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch
 from torch import nn
 
 from hetkd.data.images import TransformedImages
-from hetkd.data.seeding import restore_random_state
+from hetkd.data.seeding import generators_kept, restore_random_state
 from hetkd.distillation import Distillation
-from hetkd.training.accelerator import make_accelerator
+from hetkd.training.accelerator import make_accelerator, own_state_kept
 from hetkd.training.batches import Batch
 from hetkd.training.checkpoint import RunFolder
 from hetkd.training.evaluate import measure
@@ -22,6 +23,7 @@ from hetkd.training.saving import Saver, run_settings
 from hetkd.training.setup import set_up
 from hetkd.training.sharding import share_buffers, unsharded_weights
 from hetkd.training.terms import Terms, TrainingDiverged, refuse_broken_weights
+from hetkd.training.trackers import Trackers
 
 
 def fit(
@@ -41,27 +43,29 @@ def fit(
     checked = TrainingOptions.from_mapping(options)
     _check_arguments(distillation, epochs, output_dir, resume, checked)
     folder = None if output_dir is None else RunFolder(output_dir, resume=resume, keep_last=checked.keep_last)
-    accelerator = make_accelerator(checked, None if folder is None else folder.path)
     distillation.look_at_values_again()
-    # A student that FSDP is to shard may not fit on one device.
-    device = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
-    with only_used_parameters(distillation, device):
+    with ExitStack() as stack:
+        stack.enter_context(generators_kept())
+        stack.enter_context(own_state_kept())
+        accelerator = make_accelerator(checked, None if folder is None else folder.path)
+        if folder is not None and accelerator.is_main_process:
+            stack.enter_context(folder.locked())
+        # A student that FSDP is to shard may not fit on one device.
+        device = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
+        stack.enter_context(only_used_parameters(distillation, device))
+        stack.callback(accelerator.unwrap_model, distillation, keep_fp32_wrapper=False)
         run = set_up(distillation, train, val, epochs, folder, checked, accelerator)
+        stack.callback(accelerator.unwrap_model, run.model, keep_fp32_wrapper=False)
         saver = Saver(run)
-        try:
-            if resume:
-                saver.resume()
-            # epochs
-            train_epochs(run, saver)
-            # hand the student back
-            if run.ema is not None:
-                distillation.student.load_state_dict(run.ema.module.state_dict())
-            if accelerator.is_fsdp2:
-                distillation.load_state_dict(unsharded_weights(run.model))
-        finally:
-            accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-            for tracker in accelerator.trackers:
-                tracker.finish()
+        if resume:
+            saver.resume()
+        # epochs
+        train_epochs(run, saver)
+        # hand the student back
+        if run.ema is not None:
+            distillation.student.load_state_dict(run.ema.module.state_dict())
+        if accelerator.is_fsdp2:
+            distillation.load_state_dict(unsharded_weights(run.model))
     return FitResult(run.state.history, run.state.best, None if folder is None else folder.path)
 
 
@@ -71,11 +75,11 @@ def train_epochs(run: Run, saver: Saver) -> None:
     if state.epoch + (part.step > 0) > run.epochs:
         raise ValueError(f"epochs={run.epochs}, but the run has trained more than that already.")
     saver.start()
-    _start_trackers(run)
     show = run.options.progress and run.accelerator.is_main_process
     with (
         TrainingProgress(run.epochs, run.train.count, state.epoch, part.step, enabled=show) as progress,
         saver.signals,
+        Trackers(run.accelerator, run_settings(run), progress.note) as trackers,
     ):
         for note in run.notes:
             progress.note(note)
@@ -92,7 +96,7 @@ def train_epochs(run: Run, saver: Saver) -> None:
                 progress.note(f"{error} Going back to the last checkpoint ({returns}).")
                 saver.restore(go_back=True)
             else:
-                end_epoch(run, saver, progress, record)
+                end_epoch(run, saver, progress, trackers, record)
 
 
 def train_epoch(run: Run, saver: Saver, progress: TrainingProgress) -> dict[str, float]:
@@ -103,6 +107,8 @@ def train_epoch(run: Run, saver: Saver, progress: TrainingProgress) -> dict[str,
     processes = run.accelerator.num_processes
     set_seed(state.seed(options.seed, processes), device_specific=True)
     run.model.train()
+    for module in run.kept_in_eval:
+        module.eval()
     terms = Terms(part, run.folder)
     since = time.perf_counter() - part.seconds
     for batch in run.train.epoch(state.order, part.step):
@@ -146,7 +152,8 @@ def train_step(run: Run, batch: Batch, terms: Terms) -> None:
             run.scheduler.step_update(state.update)
         try:
             output = run.model(images, labels, batch.targets)
-            accelerator.backward(output.loss)
+            weight = run.train.weight(state.part.step)
+            accelerator.backward(output.loss if weight == 1 else weight * output.loss)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(_out_of_memory(len(images), run.options)) from error
         terms.add(state.epoch, state.part.step, output.terms)
@@ -160,8 +167,8 @@ def train_step(run: Run, batch: Batch, terms: Terms) -> None:
             run.ema.update(run.distillation.student, step=state.update)
 
 
-def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, record: dict[str, float]) -> None:
-    """Evaluate, record and save a whole epoch."""
+def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trackers, record: dict[str, float]) -> None:
+    """Evaluate and save a whole epoch, then log and print it."""
     state = run.state
     _report_unreadable(run, record, progress)
     student: nn.Module = run.distillation.student if run.ema is None else run.ema.module
@@ -169,16 +176,22 @@ def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, record: dict[s
         share_buffers(run.distillation)
         if run.ema is not None:
             share_buffers(run.ema.module)
-    if run.val is not None:
-        record |= measure(run.distillation, student, run.val, run.device, run.accelerator)
     state.history.append(record)
-    run.accelerator.log(record, step=state.epoch + 1)
-    progress.epoch_done(record)
+    if run.val is not None:
+        try:
+            record |= measure(run.distillation, student, run.val, run.device, run.accelerator)
+        except Exception:  # the epoch is trained, whatever is wrong with the validation data
+            state.epoch, state.part = state.epoch + 1, EpochPart()
+            saver.save_epoch(student, is_best=False)
+            raise
     is_best = run.val is None or record["top1"] > state.best.get("top1", -1.0)
     if is_best:
         state.best, state.best_checkpoint = record, state.steps
     state.epoch, state.part = state.epoch + 1, EpochPart()
     saver.save_epoch(student, is_best)
+    trackers.log(record)
+    progress.epoch_done(record)
+    saver.obey_signals()
 
 
 def _check_arguments(
@@ -196,12 +209,6 @@ def _check_arguments(
                 raise ValueError(f"{name}={getattr(options, name)} needs an output_dir, where checkpoints go.")
     if options.warmup_epochs > epochs:
         raise ValueError(f"warmup_epochs={options.warmup_epochs} is more than epochs={epochs}.")
-
-
-def _start_trackers(run: Run) -> None:
-    if run.options.trackers:
-        simple = {name: x for name, x in run_settings(run).items() if isinstance(x, (bool, int, float, str))}
-        run.accelerator.init_trackers("hetkd", config=simple)
 
 
 def _report_unreadable(run: Run, record: dict[str, float], progress: TrainingProgress) -> None:

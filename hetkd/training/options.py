@@ -1,11 +1,13 @@
 """The options of a training run, checked before it starts."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hetkd.data.augment import PRESETS
 from hetkd.utils.checks import check_option_names, choice, not_negative, positive, unknown_name
@@ -19,7 +21,9 @@ class TrainingOptions:
 
     Attributes:
         batch_size: Images a step and process; a loader has its own batch size.
-        optimizer: A name of timm's optimizers: ``"adamw"``, ``"sgd"``, ``"lamb"``, ...
+        optimizer: A name of timm's optimizers (``"adamw"``, ``"sgd"``, ``"lamb"``, ...), or a class or function of
+            parameter groups: ``torch.optim.RAdam``.
+        optimizer_options: Further options of the optimizer: ``{"betas": (0.9, 0.95)}``.
         lr: Peak learning rate; ``None``: 1e-3 for adamw, 0.05 for sgd, 5e-3 for lamb.
         weight_decay: Decay of weights; biases and norms have none.
         momentum: SGD momentum.
@@ -62,7 +66,8 @@ class TrainingOptions:
     """
 
     batch_size: int = 64
-    optimizer: str = "adamw"
+    optimizer: str | Callable[..., Any] = "adamw"
+    optimizer_options: Mapping[str, Any] | None = None
     lr: float | None = None
     weight_decay: float = 0.05
     momentum: float = 0.9
@@ -146,16 +151,23 @@ class TrainingOptions:
     def _check_optimizer(self) -> None:
         from timm.optim import list_optimizers
 
-        if self.optimizer not in list_optimizers():
+        if isinstance(self.optimizer, Optimizer):
+            name = type(self.optimizer).__name__
+            raise TypeError(
+                f"optimizer is a {name} object, whose parameters are chosen already: give its class, optimizer={name}, "
+                "with optimizer_options={...}."
+            )
+        if not callable(self.optimizer) and self.optimizer not in list_optimizers():
             raise unknown_name("optimizer", self.optimizer, list_optimizers())
         choice("scheduler", self.scheduler, ["cosine", "tanh", "step", "poly", "constant"])
         if self.lr is None and self.optimizer not in LEARNING_RATES:
-            raise ValueError(f"lr=None, but optimizer {self.optimizer!r} has no default learning rate here; set lr.")
+            name = _word(self.optimizer)
+            raise ValueError(f"lr=None, but optimizer {name!r} has no default learning rate here; set lr.")
 
     @property
     def peak_lr(self) -> float:
         """The learning rate, or the optimizer's default."""
-        return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+        return LEARNING_RATES[str(self.optimizer)] if self.lr is None else self.lr
 
     @classmethod
     def from_mapping(cls, options: dict[str, Any]) -> "TrainingOptions":
@@ -172,7 +184,18 @@ class TrainingOptions:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             **values,
-            "augment": repr(self.augment) if callable(self.augment) else self.augment,
+            "lr": self.peak_lr,
+            "optimizer": _word(self.optimizer),
+            "optimizer_options": None if self.optimizer_options is None else dict(self.optimizer_options),
+            "augment": _word(self.augment),
             "trackers": [str(tracker) for tracker in self.trackers],
             "teacher_cache": None if self.teacher_cache is None else str(self.teacher_cache),
         }
+
+
+def _word(value: Any) -> Any:
+    """Return the name of a class or function, and what a module shows, without addresses; other values as they are."""
+    if not callable(value):
+        return value
+    name = getattr(value, "__qualname__", None)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)) if name is None else f"{value.__module__}.{name}"

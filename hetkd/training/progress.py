@@ -1,6 +1,6 @@
 """Progress in the terminal: a bar with loss terms, images/s and time left, and a line an epoch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -21,13 +21,13 @@ class TrainingProgress:
 
     def __init__(self, epochs: int, steps: int | None, first_epoch: int, first_step: int = 0, *, enabled: bool) -> None:
         self._epochs = epochs
-        self._console = Console(quiet=not enabled, highlight=False)
+        self._console = Console(quiet=not enabled, highlight=False, markup=False, emoji=False)
         self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs), markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[terms]}"),
-            TextColumn("{task.fields[speed]:.0f} images/s"),
+            TextColumn("{task.fields[terms]}", markup=False),
+            TextColumn("{task.fields[speed]:.0f} images/s", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
@@ -40,13 +40,13 @@ class TrainingProgress:
         )
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._safely(self._bar.start)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._safely(self._bar.stop)
 
     def step(self) -> None:
         """Count one step."""
@@ -66,11 +66,20 @@ class TrainingProgress:
         ]
         if "top1" in record:
             parts.append(f"val top-1 {record['top1']:.2f} top-5 {record['top5']:.2f} loss {record['loss']:.3f}")
-        self._console.print("  ".join(parts), soft_wrap=True)
+        self.note("  ".join(parts))
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self._console.print(text, soft_wrap=True)
+        self._safely(lambda: self._console.print(text, soft_wrap=True))
+
+    def _safely(self, action: Callable[[], object]) -> None:
+        """Do what writes to the terminal, or stay silent from now on: a full or closed output never ends a run."""
+        try:
+            action()
+        except UnicodeEncodeError as error:  # of a console that lacks a character: print what it has
+            self._console.print(error.object.encode("ascii", "backslashreplace").decode(), soft_wrap=True)
+        except (OSError, ValueError):
+            self._console.quiet = True
 
 
 def _listed(terms: Mapping[str, float]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hetkd.distillation import Distillation
 from hetkd.training.batches import Batches, TargetMaker
@@ -110,6 +110,7 @@ class Run:
         keeps_checkpoints: Whether the run can be resumed.
         fingerprints: What tells training data and teachers from others.
         notes: What to tell the user at the start.
+        kept_in_eval: Modules of the student that the user put into eval mode.
         state: How far the run is.
     """
 
@@ -129,6 +130,7 @@ class Run:
     keeps_checkpoints: bool
     fingerprints: dict[str, Any]
     notes: list[str]
+    kept_in_eval: list[nn.Module]
     state: RunState = field(default_factory=RunState)
 
     @property

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.data.seeding import random_state
+from hetkd.methods.common.method import method_defaults
 from hetkd.training.checkpoint import BEST, LAST, Checkpoint
+from hetkd.training.options import LEARNING_RATES, TrainingOptions
 from hetkd.training.run import EpochPart, Run, RunState
 from hetkd.training.sharding import load_sharded_state, sharded_state, unsharded_weights
 from hetkd.training.signals import Signals
@@ -25,7 +27,6 @@ FREE_SETTINGS = {
     "log_every",
     "num_workers",
     "cpu",
-    "augment",
     "checkpoint_steps",
     "checkpoint_minutes",
     "keep_last",
@@ -58,9 +59,12 @@ class Saver:
         self._saved_at, self._saved_step, self._overdue = time.monotonic(), self.run.state.steps, False
 
     def start(self) -> None:
-        """Write settings and plan."""
-        if self.run.folder is not None and self.run.accelerator.is_main_process:
-            self.run.folder.start(run_settings(self.run), str(self.run.distillation.plan))
+        """Write settings and plan, after a trial."""
+        run = self.run
+        if run.folder is not None and run.accelerator.is_main_process:
+            if not run.accelerator.is_fsdp2:
+                run.folder.try_out(run.distillation.student, run.distillation.state_dict())
+            run.folder.start(run_settings(run), str(run.distillation.plan))
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one.
@@ -80,6 +84,7 @@ class Saver:
         if run.folder is None or before is None:
             return
         now = json.loads(json.dumps(run_settings(run), default=str))
+        before = _with_defaults(before)
         changed = {
             name: f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in now.items()
@@ -108,7 +113,7 @@ class Saver:
         return is_due and bool(run.accelerator.sync_gradients)  # accumulated gradients are not kept
 
     def save_epoch(self, student: nn.Module, is_best: bool) -> None:
-        """Save students, history and a checkpoint after a whole epoch, and obey a signal that came meanwhile."""
+        """Save students, history and a checkpoint after a whole epoch."""
         run = self.run
         if run.folder is None:
             return
@@ -122,8 +127,12 @@ class Saver:
             run.folder.save_history(run.state.history)
         if run.keeps_checkpoints:
             self.save_checkpoint()
-        self.signals.agree(run.device)
-        self.signals.obey()
+
+    def obey_signals(self) -> None:
+        """Stop the run if a signal that came in any process asks for it, now that all is saved."""
+        if self.run.folder is not None:
+            self.signals.agree(self.run.device)
+            self.signals.obey()
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of weights, optimizer and state; all processes take part."""
@@ -228,6 +237,15 @@ def _restore_state(run: Run, saved: Checkpoint) -> None:
     for name in ("epoch", "update", "steps", "history", "best", "best_checkpoint"):
         setattr(state, name, values[name])
     state.returned, state.part = returned, part
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run with the defaults of options that are newer than it."""
+    known = {**TrainingOptions().settings(), **settings}
+    if known["lr"] is None:  # as version 0.1 wrote for the default
+        known["lr"] = LEARNING_RATES.get(known["optimizer"])
+    method = dict(known.get("method") or {})
+    return {**known, "method": {**method_defaults(str(method.get("name"))), **method}}
 
 
 def pack(state: Any) -> tuple[dict[str, Tensor], Any]:

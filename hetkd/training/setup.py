@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader
 
 from hetkd.cache.fingerprints import check_cache, fingerprint_data
@@ -13,7 +14,7 @@ from hetkd.distillation import Distillation
 from hetkd.training.accelerator import fused_update, prepare, uses_deepspeed
 from hetkd.training.batches import Batches, TargetMaker, shared_out
 from hetkd.training.checkpoint import RunFolder
-from hetkd.training.evaluate import eval_loader
+from hetkd.training.evaluate import eval_loader, look_at_validation
 from hetkd.training.options import TrainingOptions
 from hetkd.training.run import Run
 from hetkd.training.sharding import copy_for_sharding, place_teachers
@@ -33,18 +34,13 @@ def set_up(
     Raises:
         ValueError: If the data do not fit the models, the method or the options.
     """
-    from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3
 
-    whole, notes = distillation, []
+    whole = distillation
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     train_loader = _train_loader(whole, train, options, cache)
     val_loader = None if val is None else eval_loader(whole, val, 2 * options.batch_size, options.num_workers)
-    if isinstance(options.augment, str) and whole.normalized:
-        raise ValueError(
-            f"augment={options.augment!r} works on images in [0, 1], but normalized=... says that the loader has "
-            "normalised them: augment in the loader, or leave its normalisation and normalized=... out."
-        )
+    _refuse_presets_on_normalized(options, whole)
     mixing = TargetMaker(options, whole.classes)
     if accelerator.is_fsdp2 and not isinstance(val_loader, DataLoader | None):
         raise ValueError("val must be data or a DataLoader under FSDP, whose processes evaluate in step.")
@@ -52,21 +48,16 @@ def set_up(
     place_teachers(whole.teachers, options.teacher_placement, accelerator)
     if accelerator.is_fsdp2:
         distillation = copy_for_sharding(whole)
-    optimizer = create_optimizer_v2(
-        distillation,
-        opt=options.optimizer,
-        lr=options.peak_lr,
-        weight_decay=options.weight_decay,
-        momentum=options.momentum,
-        **fused_update(options.optimizer, accelerator),
-    )
+    optimizer = _make_optimizer(distillation, options, accelerator)
     model, optimizer = prepare(distillation, optimizer, accelerator, options, batches.size)
     if options.compile:
         distillation.compile()
-    keeps_checkpoints = folder is not None
+    notes, keeps_checkpoints = [_said_at_the_start(batches, epochs, accelerator)], folder is not None
     if folder is not None and uses_deepspeed(accelerator):
         keeps_checkpoints = False
         notes.append("DeepSpeed: students are saved after each epoch, but no checkpoint to resume from.")
+    if val_loader is not None:
+        look_at_validation(whole, val_loader)
     return Run(
         whole=whole,
         distillation=distillation,
@@ -75,7 +66,7 @@ def set_up(
         scheduler=_make_scheduler(optimizer.optimizer, options, epochs, batches.updates),
         ema=None if options.ema is None else ModelEmaV3(whole.student, decay=options.ema, use_warmup=True),
         train=batches,
-        val=None if val_loader is None else shared_out(val_loader, whole.classes, accelerator),
+        val=None if val_loader is None else shared_out(val_loader, "val", whole.classes, options.seed, accelerator),
         mixing=mixing,
         accelerator=accelerator,
         folder=folder,
@@ -84,7 +75,38 @@ def set_up(
         keeps_checkpoints=keeps_checkpoints,
         fingerprints={} if folder is None else _fingerprints(train_loader, whole),
         notes=notes,
+        kept_in_eval=_kept_in_eval(distillation.student),
     )
+
+
+def _refuse_presets_on_normalized(options: TrainingOptions, distillation: Distillation) -> None:
+    if isinstance(options.augment, str) and distillation.normalized:
+        raise ValueError(
+            f"augment={options.augment!r} works on images in [0, 1], but normalized=... says that the loader has "
+            "normalised them: augment in the loader, or leave its normalisation and normalized=... out."
+        )
+
+
+def _said_at_the_start(batches: Batches, epochs: int, accelerator: Any) -> str:
+    processes = accelerator.num_processes
+    images = batches.size * batches.options.gradient_accumulation * processes
+    where = f"{processes} process{'es' * (processes > 1)} on {accelerator.device.type}"
+    return f"{where}, {images} images an update, {epochs} epoch{'s' * (epochs > 1)}"
+
+
+def _kept_in_eval(student: nn.Module) -> list[nn.Module]:
+    """Return the modules in eval mode of a student in training mode, and frozen ones in eval mode of any student.
+
+    A student that is in eval mode as a whole comes so from a library that loads weights; all of it is to be trained.
+    """
+    in_eval = [module for module in student.modules() if not module.training]
+    if student.training:
+        return in_eval
+    return [
+        m
+        for m in in_eval
+        if next(m.parameters(), None) is not None and not any(p.requires_grad for p in m.parameters())
+    ]
 
 
 def _train_loader(
@@ -107,6 +129,25 @@ def _train_loader(
         seed=options.seed if cache is None else cache.about["seed"],
         skip_unreadable=options.unreadable == "skip",
         wrap=None if cache is None else with_cache,
+    )
+
+
+def _make_optimizer(distillation: Distillation, options: TrainingOptions, accelerator: Any) -> Any:
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay
+
+    more = dict(options.optimizer_options or {})
+    if not isinstance(options.optimizer, str):
+        groups = param_groups_weight_decay(distillation, options.weight_decay, distillation.no_weight_decay())
+        return options.optimizer(groups, lr=options.peak_lr, **more)
+    # timm's "sgd" has Nesterov's momentum, which must not be 0.
+    name = "momentum" if options.optimizer == "sgd" and not options.momentum else options.optimizer
+    return create_optimizer_v2(
+        distillation,
+        opt=name,
+        lr=options.peak_lr,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        **{**fused_update(options.optimizer, accelerator), **more},
     )
 
 

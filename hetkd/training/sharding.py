@@ -59,7 +59,8 @@ def copy_for_sharding(distillation: Distillation) -> Distillation:
     memo: dict[int, Any] = {id(tap): tap for tap in distillation.teachers.taps}
     sharded = copy.deepcopy(distillation, memo)
     # Where Accelerate's wrapping policy looks for the blocks of a transformer.
-    sharded._no_split_modules = sorted({type(block).__name__ for block in blocks(distillation.student)})  # type: ignore[assignment]
+    names: Any = sorted({type(block).__name__ for block in blocks(distillation.student)})
+    sharded._no_split_modules = names
     return sharded
 
 

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -14,6 +15,37 @@ SIGNALS = ("SIGUSR1", "SIGTERM", "SIGINT")
 """The signals that are heeded; if processes get different ones, the last in this list counts."""
 _ONE_KEYSTROKE = 1.0
 """Seconds within which a second SIGINT is the first one, passed on by a launcher."""
+
+
+_LAST_RESORT = 60
+"""Seconds after SIGTERM after which a loading process ends, though the run has not ended it."""
+
+
+class QuietWorker:
+    """Starts a loading process that leaves signals to the run, which still needs its batches for a checkpoint.
+
+    Clusters send signals to all processes of a job at once.
+
+    Args:
+        then: The loader's own ``worker_init_fn``.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        """Start loading process ``worker``."""
+        for name in SIGNALS:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _end_later)
+        if self.then is not None:
+            self.then(worker)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    if hasattr(signal, "alarm"):
+        signal.alarm(_LAST_RESORT)
 
 
 class Signals:

@@ -11,7 +11,7 @@ _VALID_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 def unknown_name(what: str, value: object, valid: Iterable[str]) -> ValueError:
-    """Builds the error for a name that does not exist.
+    """Build the error for a name that does not exist.
 
     Args:
         what: What the name stands for, as the user knows it (``"method"``, ``"timm model"``).
@@ -34,7 +34,7 @@ def unknown_name(what: str, value: object, valid: Iterable[str]) -> ValueError:
 
 
 def choice(what: str, value: str, valid: Iterable[str]) -> str:
-    """Returns ``value`` if it is one of ``valid``; raises the error of `unknown_name` otherwise."""
+    """Return ``value`` if it is one of ``valid``; raises the error of `unknown_name` otherwise."""
     names = list(valid)
     if value not in names:
         raise unknown_name(what, value, names)
@@ -54,7 +54,7 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Returns a decorator that registers what it decorates under ``name``.
+        """Return a decorator that registers what it decorates under ``name``.
 
         Raises:
             ValueError: If ``name`` is malformed or already taken.
@@ -83,39 +83,39 @@ class Registry(Generic[T]):
         return name in self._items
 
     def names(self) -> list[str]:
-        """Returns the registered names, sorted."""
+        """Return the registered names, sorted."""
         return sorted(self._items)
 
 
 def check_option_names(what: str, options: Iterable[str], valid: Sequence[str]) -> None:
-    """Raises ValueError, with the nearest valid names, for the first option that does not exist."""
+    """Raise ValueError, with the nearest valid names, for the first option that does not exist."""
     for option in options:
         if option not in valid:
             raise unknown_name(what, option, valid)
 
 
 def not_negative(name: str, value: float) -> float:
-    """Returns ``value``; raises ValueError if it is negative or not a number."""
+    """Return ``value``; raises ValueError if it is negative or not a number."""
     if not _number(name, value) >= 0:
         raise ValueError(f"{name}={value} must be 0 or positive.")
     return value
 
 
 def whole_number(name: str, value: int) -> int:
-    """Returns ``value``; raises ValueError unless it is a whole number of at least 1."""
+    """Return ``value``; raises ValueError unless it is a whole number of at least 1."""
     if not (isinstance(value, int) and value >= 1):
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
     return value
 
 
 def one_positive(**values: float) -> None:
-    """Raises ValueError if all values are 0."""
+    """Raise ValueError if all values are 0."""
     if not any(values.values()):
         raise ValueError(f"{' and '.join(values)} are all 0, which leaves nothing to compare.")
 
 
 def positive(name: str, value: float) -> float:
-    """Returns ``value``; raises ValueError unless it is positive."""
+    """Return ``value``; raises ValueError unless it is positive."""
     if not _number(name, value) > 0:
         raise ValueError(f"{name}={value} must be positive.")
     return value

@@ -11,7 +11,7 @@ BLOCK_SHARE = 0.01
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the elements of a model's lists and sequences of modules that hold much of it, inner ones first."""
+    """Return the elements of a model's lists and sequences of modules that hold much of it, inner ones first."""
     least = max(1, BLOCK_SHARE * sum(p.numel() for p in model.parameters()))
     containers = (nn.ModuleList, nn.Sequential)
     elements = dict.fromkeys(child for module in model.modules() if isinstance(module, containers) for child in module)
@@ -20,7 +20,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_parts(parts: Mapping[str, Sequence[nn.Module]], options: Mapping[str, Any]) -> None:
-    """Compiles modules in place; their parameters and names stay.
+    """Compile modules in place; their parameters and names stay.
 
     Args:
         parts: The modules of each part, which are called one by one.
@@ -34,7 +34,7 @@ def compile_parts(parts: Mapping[str, Sequence[nn.Module]], options: Mapping[str
 
 
 def warn_if_inert() -> None:
-    """Warns if nothing at all was compiled, although some compiled module has run."""
+    """Warn if nothing at all was compiled, although some compiled module has run."""
     from torch._dynamo.utils import counters
 
     if not counters["stats"]["unique_graphs"]:

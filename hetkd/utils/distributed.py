@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Returns the number of processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def largest_of_processes(value: int, device: torch.device) -> int:
-    """Returns the largest ``value`` of all processes, on which they then agree.
+    """Return the largest ``value`` of all processes, on which they then agree.
 
     Args:
         value: Of this process.
@@ -29,8 +29,8 @@ def largest_of_processes(value: int, device: torch.device) -> int:
 def sum_over_processes(x: Tensor) -> Tensor:
     """Sums ``x`` over all processes.
 
-    Backward sums the gradients too, so that a loss that every process computes from global
-    statistics has, after DDP's averaging, the gradient of one process with the whole batch.
+    Backward sums the gradients too, so that a loss that every process computes from global statistics has, after DDP's
+    averaging, the gradient of one process with the whole batch.
     """
     return x if world_size() == 1 else _AllReduceSum.apply(x)
 

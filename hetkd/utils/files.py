@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file beside its place, flushes it to disk, and moves it there in one step.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place, flushes it to disk, and moves it there in one step.
 
     Args:
         path: Where the file goes; its directory exists.
@@ -28,16 +28,21 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as JSON, atomically."""
-    write_atomically(path, lambda temporary: _dump(temporary, value))
+    """Write ``value`` as JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
-def _dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8, atomically."""
+    write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def checksum(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

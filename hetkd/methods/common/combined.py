@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hetkd.features.adapter import Features, StagePair
 from hetkd.methods.common.method import Method, Targets, make_method
 from hetkd.methods.kd import CE, KD
+from hetkd.spectral.precision import at_least_float32
 from hetkd.utils.checks import positive
 
 
@@ -109,6 +110,10 @@ class Composite(Method):
         part, own = self._part_of(index)
         return part.added_parameters(own)
 
+    def remark(self) -> str:
+        """Return the remarks of all parts."""
+        return " ".join(dict.fromkeys(part.remark() for part in self.methods if part.remark()))
+
     def describe_logits(self) -> str:
         """Return the words of all parts."""
         each = [super().describe_logits(), *(part.describe_logits() for part in self.methods)]
@@ -204,7 +209,7 @@ class Combined(Composite):
         """Return the targets of all parts; the logits, which they have in common, once."""
         targets: Targets = {}
         if self.uses_teacher_logits and teacher.logits is not None:
-            targets["logits"] = teacher.logits.detach().float()
+            targets["logits"] = at_least_float32(teacher.logits.detach())
         maps = iter(teacher.maps)
         for number, part in enumerate(self.methods):
             own = tuple(next(maps) for _ in part.teacher_stages())

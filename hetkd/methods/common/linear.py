@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class LinearMap(nn.Module):
     """A fixed linear function of maps, applied as one matrix: its values at unit impulses.
 
-    Resampling, a wavelet transform, its inverse and low frequencies are linear; on the few pixels of a common
-    grid, one product with the matrix of all of them (in float32) costs less than any one of them alone.
+    Resampling, a wavelet transform, its inverse and low frequencies are linear; on the few pixels of a common grid, one
+    product with the matrix of all of them (in float32) costs less than any one of them alone.
 
     Args:
         function: From ``[N, 1, *size]`` to ``[N, 1, *result]``, linear, without parameters.
@@ -27,7 +27,7 @@ class LinearMap(nn.Module):
     matrix: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, D, *size]`` to ``[B, D, *result]``."""
+        """Map ``[B, D, *size]`` to ``[B, D, *result]``."""
         return (x.flatten(2) @ self.matrix.to(x.dtype)).unflatten(2, self.result)
 
 
@@ -37,7 +37,7 @@ def mix_channels(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _impulses(size: tuple[int, ...], numbers: int = 1 << 22) -> Iterator[Tensor]:
-    """Yields maps ``[N, 1, *size]`` that are 1 at one place and 0 elsewhere, a part (of so many numbers) at a time."""
+    """Yield maps ``[N, 1, *size]`` that are 1 at one place and 0 elsewhere, a part (of so many numbers) at a time."""
     count = math.prod(size)
     for places in torch.arange(count).split(max(1, numbers // count)):
         impulses = torch.zeros(len(places), count, dtype=torch.float64).scatter_(1, places[:, None], 1.0)

@@ -36,8 +36,8 @@ class Method(nn.Module, ABC):
     """A distillation method: teacher features to targets, student features and targets to loss terms.
 
     The base computes cross-entropy with the labels and KL divergence to the teacher's logits. A method on logits
-    overrides `logit_loss`; a feature method adds `feature_terms` and, in `bind`, the parameters that they need.
-    A subclass takes its own options by keyword and hands the rest on: ``super().__init__(**common)``.
+    overrides `logit_loss`; a feature method adds `feature_terms` and, in `bind`, the parameters that they need. A
+    subclass takes its own options by keyword and hands the rest on: ``super().__init__(**common)``.
 
     Args:
         ce_weight: Weight of the cross-entropy with the labels.
@@ -62,7 +62,7 @@ class Method(nn.Module, ABC):
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Gives the class the signature with all its options: its own, then those of its bases."""
+        """Give the class the signature with all its options: its own, then those of its bases."""
         super().__init_subclass__(**kwargs)
         cls.__signature__ = _with_options_of_bases(cls)
 
@@ -136,6 +136,10 @@ class Method(nn.Module, ABC):
         """Return the plan's words on the logits; an empty string leaves their row out."""
         return f"KL, T = {self.temperature:g}" if self.kd_weight else ""
 
+    def remark(self) -> str:
+        """Return what the plan says below its table; an empty string for nothing."""
+        return ""
+
     def added_parameters(self, index: int) -> int:
         """Return the number of parameters that stage pair ``index`` adds to the training."""
         return 0
@@ -148,12 +152,12 @@ class Method(nn.Module, ABC):
             teacher: The maps of the stages of `teacher_stages`, in their order, and the logits.
 
         Returns:
-            Named tensors, batch first. The `encode` of a part of a batch is that part of the `encode` of the whole,
-            so that targets can be cached per image.
+            Named tensors, batch first. The `encode` of a part of a batch is that part of the `encode` of the whole, so
+            that targets can be cached per image.
         """
         targets: Targets = {}
         if self.uses_teacher_logits and teacher.logits is not None:
-            targets["logits"] = teacher.logits.detach().float()
+            targets["logits"] = at_least_float32(teacher.logits.detach())
         for index, x in enumerate(teacher.maps):
             with torch.autocast(x.device.type, enabled=False):
                 targets[f"stage{index}"] = self.encode_stage(index, at_least_float32(x.detach()))
@@ -211,22 +215,22 @@ class LogitMethod(Method):
 
 
 def student_logits(student: Features) -> Tensor:
-    """Return the student's logits in float32.
+    """Return the student's logits in float32, or float64 if they are.
 
     Raises:
         ValueError: If the student has no classifier.
     """
     if student.logits is None:
         raise ValueError("the student has no classifier: give it one with num_classes=...")
-    return student.logits.float()
+    return at_least_float32(student.logits)
 
 
 def target_classes(labels: Tensor | None, teacher: Tensor) -> Tensor:
     """Return the class ``[B]`` of each image, for methods that treat that class apart from all others.
 
     Args:
-        labels: Class indices, class probabilities (the likeliest class counts), or ``None``: the teacher's class
-            stands in.
+        labels: Class indices, class probabilities (the likeliest class counts), or ``None``: the teacher's class stands
+            in.
         teacher: The teacher's logits ``[B, classes]``.
     """
     if labels is None:
@@ -240,6 +244,14 @@ def register_method(name: str) -> Callable[[MethodClass], MethodClass]:
     Raises:
         ValueError: If the name is malformed or taken.
         TypeError: If the decorated object is not a subclass of `Method`.
+
+    Example:
+        >>> @register_method("halved-example")
+        ... class Halved(Method):
+        ...     def logit_loss(self, student, teacher, labels):
+        ...         return super().logit_loss(student, teacher, labels) / 2
+        >>> "halved-example" in list_methods()
+        True
     """
     add = methods.register(name)
 
@@ -279,6 +291,13 @@ def make_method(method: "str | Method", options: dict[str, Any]) -> Method:
     method_class = methods[method]
     check_option_names(f"option of method {method!r}", options, method_options(method_class))
     return method_class(**options)
+
+
+def method_defaults(class_name: str) -> dict[str, Any]:
+    """Return the defaults of the options of the registered method with this class name, as JSON values."""
+    found = [methods[name] for name in methods.names() if methods[name].__name__ == class_name]
+    signature = inspect.signature(found[0]).parameters if found else {}
+    return {name: option.default for name, option in signature.items() if option.default is not option.empty}
 
 
 def method_options(method_class: type[Method]) -> list[str]:

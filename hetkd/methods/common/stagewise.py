@@ -1,5 +1,6 @@
 """What the methods that compare features share: stage weights and the loop over stage pairs."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -20,9 +21,9 @@ class StagewiseMethod(Method):
 
     Args:
         feature_weight: Weight of the features' loss, spread over the stages by ``stage_weights``.
-        stage_weights: ``None``: equal weights, with sum 1 (where ``stages_share_weight``) or 1 each.
-            A sequence: one weight a stage pair, as given.
-            ``"learnt"``: equal at the start and learnt by uncertainty (Kendall et al., arXiv 1705.07115).
+        stage_weights: ``None``: equal weights, with sum 1 (where ``stages_share_weight``) or 1 each. A sequence: one
+            weight a stage pair, as given. ``"learnt"``: equal at the start and learnt by uncertainty (Kendall et al.,
+            arXiv 1705.07115).
         kd_weight: See `Method`; 0 by default.
         **common: ``ce_weight`` and ``temperature`` of `Method`.
 
@@ -71,6 +72,16 @@ class StagewiseMethod(Method):
         if len(weights) != count:
             raise ValueError(f"stage_weights={tuple(weights)} has {len(weights)} entries for {count} stage pairs.")
         return weights
+
+    def remark(self) -> str:
+        """Return the sum of the stages' weights, if the user's differs from the default's."""
+        usual = 1.0 if self.stages_share_weight else float(len(self._weights))
+        if isinstance(self.stage_weights, str) or math.isclose(sum(self._weights), usual):
+            return ""
+        return (
+            f"stage_weights sum to {sum(self._weights):g}, by default to {usual:g}: {self.term}'s terms weigh "
+            f"{sum(self._weights) / usual:g} times as much."
+        )
 
     def _term_name(self, pair: StagePair) -> str:
         of_student = [other for other in self.pairs or () if other.student.name == pair.student.name]

@@ -19,7 +19,7 @@ def standardize_sample(x: Tensor) -> Tensor:
 
 
 def standardize_batch(x: Tensor, *, is_complex: bool = False, eps: float = _EPS) -> Tensor:
-    """Gives each coefficient ``[B, ...]`` mean 0 and variance 1 over the batch of all processes.
+    """Give each coefficient ``[B, ...]`` mean 0 and variance 1 over the batch of all processes.
 
     Args:
         x: ``[B, ...]``; for complex numbers with real and imaginary parts in the last axis.
@@ -28,13 +28,18 @@ def standardize_batch(x: Tensor, *, is_complex: bool = False, eps: float = _EPS)
 
     Raises:
         ValueError: If the batch of all processes has a single image.
+
+    Example:
+        >>> standardize_batch(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        tensor([[-1., -1.],
+                [ 1.,  1.]])
     """
     centred, variance, floor = _centre(x, is_complex, eps)
     return centred * (variance + floor).rsqrt()
 
 
 def _centre(x: Tensor, is_complex: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns coefficients without their mean over the batch, their variance, and the least variance that counts."""
+    """Return coefficients without their mean over the batch, their variance, and the least variance that counts."""
     mean = _batch_mean(x)
     centred = x - mean
     variance = _batch_mean(centred.square())
@@ -58,16 +63,16 @@ def correlation_losses(
     .. math:: L = \frac{\sum_k w_k (1 - \rho_k)^2}{\sum_k w_k}, \quad
         \rho_k = \frac{\mathrm{Re} \sum_b \tilde s_{bk} \overline{\tilde t_{bk}}}{\|\tilde s_k\| \|\tilde t_k\|}
 
-    with coefficients centred over the batch. At zero frequency alone this is the diagonal of RSD
-    (arXiv 2507.21844). Coefficients that do not vary in the teacher are left out.
+    with coefficients centred over the batch. At zero frequency alone this is the diagonal of RSD (arXiv 2507.21844).
+    Coefficients that do not vary in the teacher are left out.
 
     Args:
         students: ``[B, D, *K]`` of each stage, or ``[B, D, *K, 2]`` for complex coefficients.
         targets: Of the same shapes, without gradient.
         weight: ``[N]``, not negative: of the D * K coefficients of the first stage, then of the second, and so on.
         is_complex: Whether the last axis holds real and imaginary parts.
-        decorrelation: Weight of RSD's off-diagonal term: the squared correlations between
-            different channels at the same frequency, summed over one and averaged over the other.
+        decorrelation: Weight of RSD's off-diagonal term: the squared correlations between different channels at the
+            same frequency, summed over one and averaged over the other.
 
     Returns:
         A scalar a stage, between 0 and 4 (without ``decorrelation``).
@@ -107,7 +112,7 @@ def squared_errors(
     is_complex: bool = False,
     standardize: bool = False,
 ) -> list[Tensor]:
-    """Returns the mean squared difference of some stages.
+    """Return the mean squared difference of some stages.
 
     Args:
         students: See `correlation_losses`.
@@ -127,13 +132,13 @@ def squared_errors(
 
 
 def weights_side_by_side(windows: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
-    """Returns the ``weight`` of `correlation_losses`, from the weights ``[*K]`` of each stage and its channels D."""
+    """Return the ``weight`` of `correlation_losses`, from the weights ``[*K]`` of each stage and its channels D."""
     parts = zip(windows, channels, strict=True)
     return torch.cat([window.expand(count, *window.shape).flatten() for window, count in parts])
 
 
 def _side_by_side(parts: Sequence[Tensor], is_complex: bool) -> tuple[Tensor, list[int]]:
-    """Returns the coefficients of all stages as ``[B, N, 1 or 2]``, and how many are of each.
+    """Return the coefficients of all stages as ``[B, N, 1 or 2]``, and how many are of each.
 
     All of them at once cost as many operations, and exchanges between processes, as those of one stage.
     """
@@ -142,7 +147,7 @@ def _side_by_side(parts: Sequence[Tensor], is_complex: bool) -> tuple[Tensor, li
 
 
 def _weighted_means(x: Tensor, weight: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Returns the weighted means of the parts of ``[N]`` that have these sizes."""
+    """Return the weighted means of the parts of ``[N]`` that have these sizes."""
     parts = zip((weight * x).split(sizes), weight.split(sizes), strict=True)
     return [product.sum() / of_part.sum().clamp_min(_EPS) for product, of_part in parts]
 
@@ -157,6 +162,11 @@ def infonce(student: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor
 
     Returns:
         A scalar; ``log(batch of all processes)`` where nothing is learnt yet.
+
+    Example:
+        >>> x = torch.eye(3)
+        >>> infonce(x, x).item() < infonce(x, x.flip(0)).item()
+        True
     """
     anchors = F.normalize(gather_over_processes(student.flatten(1)), dim=1)
     candidates = F.normalize(gather_over_processes(target.flatten(1)), dim=1)
@@ -165,7 +175,7 @@ def infonce(student: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor
 
 
 def _global_batch(x: Tensor) -> float:
-    """Returns the number of images in all processes; they all have as many as this one."""
+    """Return the number of images in all processes; they all have as many as this one."""
     count = x.shape[0] * world_size()
     if count < 2:
         raise ValueError(
@@ -185,8 +195,8 @@ class ChannelReduction(nn.Module):
     Args:
         channels: C of the teacher.
         width: D; with C <= D the map is the identity.
-        kind: ``"orthogonal"``: a random rotation, the same for the same C and D.
-            ``"pca"``: the principal components of the first batch (of all processes) that is encoded.
+        kind: ``"orthogonal"``: a random rotation, the same for the same C and D. ``"pca"``: the principal components of
+            the first batch (of all processes) that is encoded.
     """
 
     def __init__(self, channels: int, width: int, kind: str = "orthogonal") -> None:
@@ -203,7 +213,7 @@ class ChannelReduction(nn.Module):
             self._fit_at_next_call = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, C, ...]`` to ``[B, D, ...]``."""
+        """Map ``[B, C, ...]`` to ``[B, D, ...]``."""
         if "basis" not in self._buffers:
             return x
         if self._fit_at_next_call:

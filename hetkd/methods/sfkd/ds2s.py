@@ -18,11 +18,10 @@ _FEW_PIXELS = 4
 class DS2S(nn.Module):
     """Refines the student's sub-bands in two streams and two stages; at the start it is the identity.
 
-    Stage one works within each band: the spatial stream is a depthwise convolution, the spectral
-    stream a learnable real gate on the band's Fourier spectrum. Stage two works across bands and
-    levels: the spatial stream gives each band a learnable share of every other one, resampled to
-    its grid, and the spectral stream gates each band by the spectral energies of all of them, so that low
-    and high frequencies exchange information.
+    Stage one works within each band: the spatial stream is a depthwise convolution, the spectral stream a learnable
+    real gate on the band's Fourier spectrum. Stage two works across bands and levels: the spatial stream gives each
+    band a learnable share of every other one, resampled to its grid, and the spectral stream gates each band by the
+    spectral energies of all of them, so that low and high frequencies exchange information.
 
     Bands of several feature maps of one grid are refined together, their channels side by side: nothing is shared
     between them, but as many operations as for one of them do for all.
@@ -33,8 +32,8 @@ class DS2S(nn.Module):
         levels: J of the wavelet transform.
         streams: ``"both"``, ``"spatial"`` or ``"spectral"``.
         stages: 1 (within bands only) or 2; without a wavelet transform there is one band, and one stage.
-        gate_whole_map: Whether without a wavelet transform (``levels=0``) the spectral stream gates the
-            map's own spectrum. A loss that standardises each coefficient of it does not see that.
+        gate_whole_map: Whether without a wavelet transform (``levels=0``) the spectral stream gates the map's own
+            spectrum. A loss that standardises each coefficient of it does not see that.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class DS2S(nn.Module):
         self.balances = nn.ModuleList(BandBalance(bands) for _ in channels) if spectral and across else None
 
     def forward(self, bands: Bands) -> Bands:
-        """Returns refined bands of the same shapes."""
+        """Return refined bands of the same shapes."""
         return to_bands(self.refined(to_groups(bands)))
 
     def refined(self, groups: list[Tensor]) -> list[Tensor]:
@@ -80,7 +79,7 @@ class DS2S(nn.Module):
         return groups
 
     def parameters_of(self, index: int) -> int:
-        """Returns the number of parameters of one of the feature maps."""
+        """Return the number of parameters of one of the feature maps."""
         one_a_channel = [*self.kernels.parameters(), *self.gates.parameters()]
         one_a_channel += [] if self.exchange is None else [self.exchange]
         balance = [] if self.balances is None else self.balances[index].parameters()
@@ -115,7 +114,7 @@ def to_groups(bands: Bands) -> list[Tensor]:
 
 
 def to_bands(groups: list[Tensor]) -> Bands:
-    """Takes the stacks of `to_groups` apart again."""
+    """Take the stacks of `to_groups` apart again."""
     low, coarsest = groups[-1][:, :, 0], groups[-1][:, :, 1:]
     return Bands(low, (*groups[:-1], coarsest) if coarsest.shape[2] else ())
 
@@ -163,7 +162,7 @@ class LiteDS2S(nn.Module):
         self.expand = nn.ParameterList(reduce.detach().T.clone() for reduce in self.reduce)
 
     def forward(self, bands: Bands) -> Bands:
-        """Returns refined bands of the same shapes."""
+        """Return refined bands of the same shapes."""
         groups = to_groups(bands)
         few = [_mix_parts(self.reduce, x.split(self.channels, dim=1)) for x in groups]
         changes = [refined - x for refined, x in zip(self.refine.refined(few), few, strict=True)]
@@ -171,7 +170,7 @@ class LiteDS2S(nn.Module):
         return to_bands([x + _mix_parts(self.expand, part) for x, part in zip(groups, parts, strict=True)])
 
     def parameters_of(self, index: int) -> int:
-        """Returns the number of parameters of one of the feature maps."""
+        """Return the number of parameters of one of the feature maps."""
         return self.reduce[index].numel() + self.expand[index].numel() + self.refine.parameters_of(index)
 
 
@@ -182,8 +181,8 @@ def _mix_parts(weights: nn.ParameterList, parts: Sequence[Tensor]) -> Tensor:
 class DepthwiseKernel(nn.Module):
     """Convolves each band of each channel by a 3 x 3 kernel of its own.
 
-    What is returned is the change only, zero at the start. Bands of 2 x 2 pixels are multiplied by a matrix
-    instead, which is several times faster than so small convolutions.
+    What is returned is the change only, zero at the start. Bands of 2 x 2 pixels are multiplied by a matrix instead,
+    which is several times faster than so small convolutions.
     """
 
     def __init__(self, channels: int, bands: int, size: tuple[int, int]) -> None:
@@ -198,7 +197,7 @@ class DepthwiseKernel(nn.Module):
     shifts: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, D, bands, h, w]`` to the kernels' contribution, of the same shape."""
+        """Map ``[B, D, bands, h, w]`` to the kernels' contribution, of the same shape."""
         if self.shifts.shape[1]:
             matrix = torch.einsum("dnk,kpq->dnpq", self.weight.flatten(2), self.shifts.to(x.dtype))
             return torch.einsum("bdnp,dnpq->bdnq", x.flatten(3), matrix).view_as(x)
@@ -210,8 +209,8 @@ class DepthwiseKernel(nn.Module):
 class SpectralGate(nn.Module):
     """Multiplies a band's Fourier spectrum by a learnable real gate, even in both frequencies.
 
-    Done in a real Fourier basis (`hetkd.spectral.real_fourier_basis`) of the whole band: one matrix product
-    each way, no complex numbers. What is returned is the change only, zero at the start.
+    Done in a real Fourier basis (`hetkd.spectral.real_fourier_basis`) of the whole band: one matrix product each way,
+    no complex numbers. What is returned is the change only, zero at the start.
     """
 
     def __init__(self, channels: int, bands: int, size: tuple[int, int]) -> None:
@@ -227,14 +226,14 @@ class SpectralGate(nn.Module):
     frequency: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, D, bands, h, w]`` to the gate's contribution, of the same shape."""
+        """Map ``[B, D, bands, h, w]`` to the gate's contribution, of the same shape."""
         gate = self.gate.flatten(2)[..., self.frequency]
         basis = self.basis.to(x.dtype)
         return ((x.flatten(3) @ basis.T) * gate @ basis).unflatten(3, x.shape[3:])
 
 
 class BandBalance(nn.Module):
-    """Says by how much to scale each band of a channel: a function of the log energies of all its bands."""
+    """Say by how much to scale each band of a channel: a function of the log energies of all its bands."""
 
     def __init__(self, bands: int, hidden: int = 16, eps: float = 1e-4) -> None:
         super().__init__()
@@ -244,6 +243,6 @@ class BandBalance(nn.Module):
         self.eps = eps
 
     def forward(self, energy: Tensor) -> Tensor:
-        """Maps energies ``[B, D, bands]`` to factors, 1 at the start."""
+        """Map energies ``[B, D, bands]`` to factors, 1 at the start."""
         scale: Tensor = 1 + self.outer(F.gelu(self.inner((energy + self.eps).log())))
         return scale

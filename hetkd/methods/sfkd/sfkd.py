@@ -39,17 +39,17 @@ class SFKD(StagewiseMethod):
 
     For each stage pair, on a common G x G grid:
 
-    1. *Align*: the student's map is projected by a 1x1 convolution to D channels; the teacher's
-       channels, where there are more, go through a fixed orthonormal map.
+    1. *Align*: the student's map is projected by a 1x1 convolution to D channels; the teacher's channels, where there
+       are more, go through a fixed orthonormal map.
     2. *Decouple*: a J-level wavelet transform splits the student's map into sub-bands.
-    3. *Refine*: DS2S (`hetkd.methods.ds2s.DS2S`) refines them. The teacher's bands are fixed
-       targets, for otherwise both sides could agree on a constant.
-    4. *Recombine*: the inverse transform returns a spatial-spectral feature; for the teacher steps
-       2 to 4 are the identity, so it skips them.
-    5. *GFFL*: the K x K lowest frequencies of both are compared under a Gaussian window w,
-       :math:`L = \sum_k w_k (1 - \rho_k)^2 / \sum_k w_k`, where :math:`\rho_k` is the correlation
-       over the batch of complex coefficient k (`normalize="batch"`). With ``sigma`` towards 0 only the
-       pooled features are left, and the loss is the diagonal of RSD's (arXiv 2507.21844).
+    3. *Refine*: DS2S (`hetkd.methods.ds2s.DS2S`) refines them. The teacher's bands are fixed targets, for otherwise
+       both sides could agree on a constant.
+    4. *Recombine*: the inverse transform returns a spatial-spectral feature; for the teacher steps 2 to 4 are the
+       identity, so it skips them.
+    5. *GFFL*: the K x K lowest frequencies of both are compared under a Gaussian window w, :math:`L = \sum_k w_k (1 -
+       \rho_k)^2 / \sum_k w_k`, where :math:`\rho_k` is the correlation over the batch of complex coefficient k
+       (`normalize="batch"`). With ``sigma`` towards 0 only the pooled features are left, and the loss is the diagonal
+       of RSD's (arXiv 2507.21844).
 
     The loss is ``ce_weight CE + kd_weight KL + feature_weight sum over stages of weight times L``.
 
@@ -65,8 +65,8 @@ class SFKD(StagewiseMethod):
         sigma: Width of the Gaussian window as a fraction of Nyquist's frequency; ``math.inf``: none.
         keep: K, frequencies kept per axis; ``None``: 5, or fewer on a smaller grid.
         spectrum: ``"complex"``: amplitude and phase; ``"amplitude"``: invariant to circular shifts.
-        normalize: ``"batch"``: each coefficient is standardised over the batch of all processes;
-            ``"sample"``: each sample by its own energy, compared by mean squared error.
+        normalize: ``"batch"``: each coefficient is standardised over the batch of all processes; ``"sample"``: each
+            sample by its own energy, compared by mean squared error.
         decorrelation: Weight of RSD's off-diagonal term (with ``normalize="batch"`` and GFFL only).
         width: D, most channels to compare.
         reduction: The teacher's fixed map: ``"orthogonal"`` or ``"pca"`` (fitted on the first batch).
@@ -125,7 +125,7 @@ class SFKD(StagewiseMethod):
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
-        """Makes projections and refinements for these stage pairs; see `Method.bind`.
+        """Make projections and refinements for these stage pairs; see `Method.bind`.
 
         Raises:
             ValueError: If a grid is too small for ``levels`` or ``keep``.
@@ -189,24 +189,24 @@ class SFKD(StagewiseMethod):
         )
 
     def describe_pair(self, index: int) -> str:
-        """Returns grid, levels and kept frequencies of stage pair ``index``."""
+        """Return grid, levels and kept frequencies of stage pair ``index``."""
         (height, width), levels, keep = self._grids[index], self._levels[index], self._keeps[index]
         what = f"{keep} x {keep} frequencies" if self.loss == "gffl" else self.loss
         return f"{height} x {width}, {levels} level{'s' * (levels != 1)}, {what}"
 
     def added_parameters(self, index: int) -> int:
-        """Returns the parameters of the projection and the refinement of stage pair ``index``."""
+        """Return the parameters of the projection and the refinement of stage pair ``index``."""
         shared = next(shared for shared in cast(list[RefinedSpectra], self.shared) if index in shared.stages)
         refinement = 0 if shared.refine is None else shared.refine.parameters_of(shared.stages.index(index))
         return count_parameters(self.project[index]) + refinement
 
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
-        """Returns the teacher's spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis; no GFFL: its map)."""
+        """Return the teacher's spectrum ``[B, D, K, K // 2 + 1, 2]`` (amplitudes: no last axis; no GFFL: its map)."""
         x = self.teacher_spectra[index](x) if self.loss == "gffl" else to_grid(x, self._grids[index])
         return self._representation(self.reduce[index](x))
 
     def compare_all(self, maps: list[Tensor], targets: list[Tensor], labels: Tensor | None) -> list[Tensor]:
-        """Returns the losses between the refined student features and the targets."""
+        """Return the losses between the refined student features and the targets."""
         if self.loss == "gffl":
             return self._gffl(self.refined_spectra(maps), targets)
         students = [self._representation(x) for x in self.refined_features(maps)]
@@ -226,11 +226,11 @@ class SFKD(StagewiseMethod):
     weight: Tensor
 
     def refined_features(self, maps: list[Tensor]) -> list[Tensor]:
-        """Returns the student's aligned, refined and recombined features ``[B, D, G, G]``."""
+        """Return the student's aligned, refined and recombined features ``[B, D, G, G]``."""
         return self._through(RefinedSpectra.features, maps)
 
     def refined_spectra(self, maps: list[Tensor]) -> list[Tensor]:
-        """Returns the low frequencies of `refined_features`, without making them."""
+        """Return the low frequencies of `refined_features`, without making them."""
         return self._through(RefinedSpectra.__call__, maps)
 
     def _through(self, what: Callable[..., Sequence[Tensor]], maps: list[Tensor]) -> list[Tensor]:
@@ -249,7 +249,7 @@ class SFKD(StagewiseMethod):
 
 
 def _most_levels(pair: StagePair) -> int:
-    """Returns the most levels, up to 3, that both grids of a pair hold."""
+    """Return the most levels, up to 3, that both grids of a pair hold."""
     return next(levels for levels in (3, 2, 1, 0) if 2**levels <= _smallest_side(pair))
 
 
@@ -258,7 +258,7 @@ def _smallest_side(pair: StagePair) -> int:
 
 
 def aligning_projection(channels: int, width: int) -> nn.Conv2d:
-    """Returns a 1x1 convolution without bias: the identity if it can be, else an orthogonal map."""
+    """Return a 1x1 convolution without bias: the identity if it can be, else an orthogonal map."""
     projection = nn.Conv2d(channels, width, kernel_size=1, bias=False)
     if channels == width:
         nn.init.dirac_(projection.weight)

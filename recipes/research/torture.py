@@ -1,0 +1,143 @@
+"""Kills a training again and again, and checks that what comes out is what an undisturbed one gives, bit for bit.
+
+    python recipes/research/torture.py --kills 20
+    python recipes/research/torture.py --kills 200 --seed 1
+
+A child process trains a small CNN under a small ViT and writes a checkpoint after almost every step. It gets SIGKILL
+at a random moment, writing included, is started again with resume=True, and so on; after the last kill it may finish.
+Student, average of weights and history must equal those of a run that was left alone.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import kornia.augmentation as K
+import timm
+import torch
+from safetensors.torch import load_file
+
+from hetkd import Distiller
+from hetkd.training.checkpoint import CHECKPOINTS, HISTORY, RunFolder
+
+TIMING = ("seconds", "images_per_second")
+
+
+def train(folder: Path, method: str) -> None:
+    """Trains from the newest checkpoint in ``folder`` to the end."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    vit = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
+    teacher = timm.create_model("vit_tiny_patch16_224", **vit)
+    student = timm.create_model("test_resnet", num_classes=10, drop_path_rate=0.1)
+    distiller = Distiller(teacher, student, method, input_size=32)
+    images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    distiller.fit(
+        (images, torch.arange(64) % 10),
+        (images[:20], torch.arange(20) % 10),
+        epochs=3,
+        batch_size=8,
+        output_dir=folder,
+        resume=True,
+        augment=K.RandomHorizontalFlip(p=0.5),
+        mixup=0.2,
+        ema=0.9,
+        checkpoint_steps=3,
+        cpu=True,
+        progress=False,
+    )
+
+
+def in_child(folder: Path, method: str, seconds: float | None) -> bool:
+    """Trains in a child process, and kills it after so many seconds; says whether it finished before."""
+    child = os.fork()
+    if child == 0:
+        try:
+            train(folder, method)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
+        raise RuntimeError("the training failed; its traceback is above.")
+    return os.WIFEXITED(status)
+
+
+def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Returns all tensors of the last checkpoint and the saved student, and the history without its timing."""
+    import json
+
+    saved = RunFolder(folder, resume=True).load_checkpoint()
+    assert saved is not None
+    tensors = {**saved.tensors, **load_file(folder / "last.safetensors")}
+    history = json.loads((folder / HISTORY).read_text())
+    return tensors, [{name: value for name, value in record.items() if name not in TIMING} for record in history]
+
+
+def torture(kills: int, method: str, seed: int, folder: Path) -> int:
+    """Kills a run ``kills`` times and compares it with a whole one.
+
+    Returns:
+        How many of the kills hit a run that was under way and had written a checkpoint before.
+
+    Raises:
+        AssertionError: If anything differs.
+    """
+    start = time.perf_counter()
+    in_child(folder / "whole", method, None)
+    whole_seconds = time.perf_counter() - start
+    generator, hits, run = random.Random(seed), 0, 0
+    expected = result(folder / "whole")
+    killed = 0
+    while killed < kills:
+        run += 1
+        finished = False
+        while not finished and killed < kills:
+            finished = in_child(folder / f"run{run}", method, generator.uniform(0.1, 0.6) * whole_seconds)
+            killed += not finished
+            hits += not finished and any((folder / f"run{run}" / CHECKPOINTS).glob("step-*"))
+        if not finished:
+            in_child(folder / f"run{run}", method, None)
+        compare(expected, result(folder / f"run{run}"))
+    return hits
+
+
+def compare(
+    expected: tuple[dict[str, torch.Tensor], list[dict[str, float]]],
+    found: tuple[dict[str, torch.Tensor], list[dict[str, float]]],
+) -> None:
+    """Raises AssertionError for the first tensor or record that differs in a bit."""
+    assert expected[0].keys() == found[0].keys(), "other tensors"
+    for name, x in expected[0].items():
+        assert torch.equal(x, found[0][name]), f"{name} differs"
+    assert expected[1] == found[1], "the histories differ"
+
+
+def main() -> None:
+    """Reads the command line, tortures, reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--method", default="sfkd")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        hits = torture(arguments.kills, arguments.method, arguments.seed, Path(folder))
+    print(
+        f"{arguments.kills} kills, {hits} of them after a first checkpoint, in {time.perf_counter() - start:.0f} s: "
+        "student, average and history equal those of an undisturbed run, bit for bit."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

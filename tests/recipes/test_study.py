@@ -1,0 +1,133 @@
+"""The comparison on CIFAR-100 in its shortest form: random images, tiny teachers, two images a class."""
+
+import json
+
+import pytest
+import study
+import study_report
+import torch
+from recorded import RecordedViews, view_of
+
+from hetkd import Distiller
+from hetkd.models import build_small, save_model
+
+PAIR = "dinov2_s:resnet_slim"
+TEACHERS = {"dinov2_s": ("test_vit", 64), "lite0": ("test_efficientnet", 32), "swin": ("swin", 32)}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Small data and teachers, recorded; returns the folder."""
+    sizes = {"images_a_class": 2, "validation_images_a_class": 1, "views": 2, "batch_size": 32}
+    for name, value in {**sizes, "epochs": 2, "warmup_epochs": 1}.items():
+        monkeypatch.setitem(study.PROTOCOL, name, value)
+    for name, (model, pixels) in TEACHERS.items():
+        monkeypatch.setitem(study.TEACHERS, name, model)
+        monkeypatch.setitem(study.PIXELS, name, pixels)
+        (tmp_path / "teachers").mkdir(exist_ok=True)
+        path = tmp_path / "teachers" / f"cifar100-0-{study.PIXELS[name]}px-{model}.safetensors"
+        save_model(build_small(model, study.PIXELS[name], study.CLASSES, 3)[0], path)
+    labels = torch.arange(study.CLASSES)
+
+    def part(count):
+        images = torch.randint(256, (count * study.CLASSES, 3, 32, 32), dtype=torch.uint8)
+        return images, labels.repeat_interleave(count)
+
+    split = study.Split(part(2), part(1), part(1))
+    for module in (study, study_report):
+        monkeypatch.setattr(module, "load_split", lambda: split)
+    monkeypatch.setattr(study, "teachers_digest", lambda: "0")
+    words = ["record", "--teachers", str(tmp_path / "teachers"), "--recorded", str(tmp_path / "recorded")]
+    arguments = study.parse_arguments(words)
+    for name in TEACHERS:
+        study.record(name, arguments)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_runs_tables_and_pictures(small):
+    rows = []
+    for pair in (pair for pair in study.PAIRS if pair.split(":")[0] in TEACHERS):
+        for method in ("ce", "kd", "fitnet", "uhkd", "sfkd"):
+            job = study.Job(pair, *study.parse_method(method), kind="final", epochs=2)
+            rows.append(study.train(job, small / "recorded", small / "students"))
+    job = study.Job(PAIR, *study.parse_method("sfkd:levels=0,stage_weights=[1,2,3,4]"), kind="ablation", epochs=2)
+    rows.append(study.train(job, small / "recorded", small / "students"))
+    assert rows[-1]["options"] == {"levels": 0, "stage_weights": [1, 2, 3, 4]}
+    again = study.train(study.Job(PAIR, "sfkd", kind="final", epochs=2), small / "recorded", small / "students")
+    assert again["curve"] == next(row["curve"] for row in rows if row["key"] == again["key"])
+    path = study.student_path(small / "students", PAIR, "kd")
+    before = path.read_bytes()
+    longer = [study.Job(PAIR, method, kind="final", epochs=4) for method in ("ce", "kd")]
+    rows += [study.train(job, small / "recorded", small / "students") for job in longer]
+    assert path.read_bytes() == before, "the report's pictures are of students of the protocol"
+    runs = small / "runs.jsonl"
+    runs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders = {"runs": runs, "output": small, "teachers": small / "teachers", "students": small / "students"}
+    study_report.main(["--features", *(word for name, path in folders.items() for word in (f"--{name}", str(path)))])
+    text = (small / "tables.md").read_text()
+    gain = rows[1]["test"] - rows[0]["test"]
+    assert f"| kd | {rows[1]['test']:.2f} (1) {gain:+.2f} |" in text
+    assert "sfkd (levels=0, stage_weights=[1, 2, 3, 4])" in text
+    gain = rows[-1]["test"] - rows[-2]["test"]
+    assert f"| kd | {rows[-1]['test']:.2f} (1) {gain:+.2f} |" in text.partition("test images (4 epochs)")[2]
+    for name in ("curves", "cost", "cka", "bands"):
+        assert (small / f"{name}.png").stat().st_size > 5_000
+
+
+def test_recorded_features_are_those_of_the_teacher_on_the_same_view(small):
+    teacher, size = study.load_teacher("dinov2_s", small / "teachers")
+    student = build_small("resnet_slim", 64, study.CLASSES, 3)[0]
+    distiller = Distiller(teacher, student, "sfkd", input_size={"teacher": size, "student": 64})
+    images, index = study.load_split().train[0], torch.tensor([5, 0, 17])
+    recorded = RecordedViews(small / "recorded" / "dinov2_s").features(distiller.method.teacher_stages(), 1, index)
+    with torch.no_grad():
+        live = distiller.taps["teacher"].run(view_of(images, index, 1))
+    for ours, theirs in zip((recorded.logits, *recorded.maps), (live.logits, *live.maps), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_a_recording_of_another_teacher_is_not_taken(small):
+    path = next((small / "teachers").glob("*-test_vit.safetensors"))
+    save_model(build_small("test_vit", 64, study.CLASSES, 3)[0], path)
+    folders = ["--teachers", str(small / "teachers"), "--recorded", str(small / "recorded")]
+    with pytest.raises(ValueError, match="was recorded with other teacher: delete it"):
+        study.record("dinov2_s", study.parse_arguments(["record", *folders]))
+
+
+def test_a_teacher_that_learnt_from_other_images_is_not_taken(small, monkeypatch):
+    monkeypatch.setattr(study, "teachers_digest", lambda: "1")
+    with pytest.raises(SystemExit, match=r"has cifar100-1-64px-test_vit\.safetensors: train it by"):
+        study.load_teacher("dinov2_s", small / "teachers")
+
+
+@pytest.mark.parametrize("name", ["lite0", "swin", "mixer", "convnext"])
+def test_the_teachers_that_come_with_the_recipe_know_their_classes(name, tmp_path, data_folder, monkeypatch):
+    monkeypatch.setenv("HETKD_DATA", str(data_folder))
+    teacher, size = study.load_teacher(name, tmp_path)
+    images, labels = study.cifar100_split("test")
+    part = slice(None, None, 50)
+    top1 = Distiller(None, teacher, "ce", input_size=size).evaluate((images[part], labels[part]))["top1"]
+    path = next(study.COMMITTED.glob(f"*-{study.PIXELS[name]}px-{study.TEACHERS[name]}.json"))
+    assert top1 == pytest.approx(json.loads(path.read_text())["top1"], abs=10)  # 200 images: a standard error of 3.5
+
+
+def test_scarce_labels_come_in_batches_of_their_own(monkeypatch):
+    monkeypatch.setitem(study.PROTOCOL, "images_a_class", 50)
+    labels = torch.arange(study.CLASSES).repeat_interleave(50)
+    found = list(study.batches(labels, 0.1, True, torch.Generator().manual_seed(0)))
+    assert [has_labels for _, has_labels in found] == [True, False] * (len(found) // 2)
+    assert all((index % 50 < 5).all() for index, has_labels in found if has_labels)
+    assert all(has_labels for _, has_labels in study.batches(labels, 0.1, False, torch.Generator()))
+
+
+def test_a_view_is_a_shift_and_a_flip():
+    images = torch.arange(2 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(2, 3, 32, 32)
+    views = [view_of(images, torch.arange(2), view) for view in range(12)]
+    for view in views:
+        for image, original in zip(view, images, strict=True):
+            padded = torch.nn.functional.pad(original, (4,) * 4)
+            cuts = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+            assert any(torch.equal(image, cut) or torch.equal(image, cut.flip(2)) for cut in cuts)
+    assert any(not torch.equal(view, views[0]) for view in views[1:])
+    assert torch.equal(view_of(images, torch.tensor([1]), 3)[0], views[3][1])
