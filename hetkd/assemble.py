@@ -10,7 +10,7 @@ from torch import nn
 from hetkd.cache.records import TeacherCache
 from hetkd.features.adapter import StagePair
 from hetkd.features.pairing import POOLED, StageChoice, chosen_names, chosen_pairs, pair_stages
-from hetkd.features.tap import Size, Tap
+from hetkd.features.tap import Size, Tap, refuse_frozen_graphs
 from hetkd.methods.common.combined import Combined
 from hetkd.methods.common.method import Method, make_method
 from hetkd.methods.common.stagewise import count_parameters
@@ -54,6 +54,7 @@ def assemble(
     teacher_weights: Sequence[float] | None,
     input_size: Size | Mapping[str, Any] | None,
     normalized: Normalization | None,
+    teacher_classes: int | None,
     method_options: dict[str, Any],
 ) -> Parts:
     """Build and check the parts of a distillation; arguments and errors as of `hetkd.Distiller`."""
@@ -64,7 +65,9 @@ def assemble(
         raise ValueError("teacher=[] is an empty list: give one teacher or several.")
     made = _make_method(method, method_options, count, teacher_weights)
     sizes = _sizes(input_size)
-    taps = recorded if recorded is not None else _live_taps(given, made, sizes.get("teacher"), normalized)
+    taps = (
+        recorded if recorded is not None else _live_taps(given, made, sizes.get("teacher"), normalized, teacher_classes)
+    )
     if isinstance(student, str):
         classes = taps[0].classes if num_classes is None and taps else num_classes
         student = load_model(student, pretrained=False, num_classes=classes)
@@ -74,14 +77,29 @@ def assemble(
         raise ValueError("num_classes is for a student given as a string; a module keeps the classes it has.")
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a string or an nn.Module, got {student!r}.")
-    if any(tapped_module(student) is tap.model for tap in taps):
-        raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
+    _refuse_shared_modules(student, taps)
+    for tap in taps:
+        tap.model.requires_grad_(False)
     if not made.uses_teacher:
         taps = []
+    refuse_frozen_graphs("student", student)
     student_tap = Tap("student", student, sizes.get("student"), normalized)
     _bind(made, taps, student_tap, stages)
     teachers = (Teachers if recorded is None or not taps else RecordedTeachers)(taps, made)
     return Parts(unwrap(student), student_tap, made, teachers, _make_plan(made, taps, student_tap))
+
+
+def _refuse_shared_modules(student: nn.Module, teachers: Sequence[Tap]) -> None:
+    own = {id(parameter): name for name, parameter in student.named_parameters()}
+    for tap in teachers:
+        if tapped_module(student) is tap.model:
+            raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
+        shared = [own[id(parameter)] for parameter in tap.model.parameters() if id(parameter) in own]
+        if shared:
+            raise ValueError(
+                f"the {tap.role} and the student share parameters ({', '.join(shared[:3])}), which would be frozen: "
+                "pass a copy.deepcopy as the student."
+            )
 
 
 def _make_method(
@@ -138,7 +156,9 @@ def _recorded_taps(teacher: Any, input_size: Any, normalized: Normalization | No
     ]
 
 
-def _live_taps(teachers: Sequence[Any], method: Method, size: Any, normalized: Normalization | None) -> list[Tap]:
+def _live_taps(
+    teachers: Sequence[Any], method: Method, size: Any, normalized: Normalization | None, classes: int | None
+) -> list[Tap]:
     if teachers == [None] and not method.uses_teacher:
         return []
     if None in teachers:
@@ -149,8 +169,8 @@ def _live_taps(teachers: Sequence[Any], method: Method, size: Any, normalized: N
         model = load_model(teacher) if isinstance(teacher, str) else teacher
         if not isinstance(model, nn.Module):
             raise TypeError(f"teacher must be a string or an nn.Module, got {teacher!r}.")
-        model.requires_grad_(False)
-        taps.append(Tap(role, model.eval(), own_size, normalized))
+        refuse_frozen_graphs(role, model)
+        taps.append(Tap(role, model.eval(), own_size, normalized, classes))
     return taps
 
 
@@ -158,6 +178,11 @@ def _bind(method: Method, teachers: Sequence[Tap], student: Tap, stages: Sequenc
     """Choose the stage pairs, make the method's parameters for them, and tap both sides there."""
     if student.classes is None and (method.uses_student_logits or method.uses_teacher_logits):
         raise ValueError("the student has no classifier: give it one with num_classes=...")
+    if student.classes == 1 and method.uses_student_logits:
+        raise ValueError(
+            "the student has one logit, whose softmax is always 1, so that no loss on it teaches anything: give it two "
+            "classes (num_classes=2, labels 0 and 1), or a feature method with ce_weight=0 and kd_weight=0."
+        )
     student.add_stages(chosen_names(stages, 1))
     method.classes = student.classes
     parts = list(parts_of(method, len(teachers)))
@@ -204,7 +229,12 @@ def _check_classes(teacher: Tap, student: Tap) -> None:
     if teacher.classes is None:
         raise ValueError(
             f"the {teacher.role} has no classifier, but the method compares logits: use a teacher with one, or a "
-            "feature method with kd_weight=0."
+            "feature method with kd_weight=0. (If its output are logits all the same, say so: teacher_classes=...)"
+        )
+    if getattr(getattr(teacher.model, "config", None), "problem_type", None) == "multi_label_classification":
+        raise ValueError(
+            f"the {teacher.role} says yes or no for each of its classes (multi-label), but the method compares softmax "
+            "probabilities: use a feature method with kd_weight=0."
         )
     if teacher.classes != student.classes:
         raise ValueError(

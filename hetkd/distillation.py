@@ -56,6 +56,7 @@ class Distillation(nn.Module):
         teacher_weights: Sequence[float] | None = None,
         input_size: Size | Mapping[str, Any] | None = None,
         normalized: Normalization | None = None,
+        teacher_classes: int | None = None,
         **method_options: Any,
     ) -> None:
         super().__init__()
@@ -68,12 +69,14 @@ class Distillation(nn.Module):
             teacher_weights=teacher_weights,
             input_size=input_size,
             normalized=normalized,
+            teacher_classes=teacher_classes,
             method_options=method_options,
         )
         self.student, self.student_tap = parts.student, parts.student_tap
         self.student_inputs = parts.student_tap.inputs
         self.teachers, self.method, self.plan = parts.teachers, parts.method, parts.plan
         self.normalized = normalized is not None
+        self.class_names: list[str] | None = None  # in the order of the logits, once training data tell them
         self._looked_at_values = False
         self._compiled_anew = False
         self.to(self.student_tap.device)  # new parameters follow models that were on their device before
@@ -131,8 +134,13 @@ class Distillation(nn.Module):
             model: Another module of the student's architecture (an average of its weights).
 
         Raises:
-            ValueError: If the student has no classifier.
+            ValueError: If the student has no classifier, or images have a wrong rank, channel count or range.
         """
+        check_images(images, self.student_tap.spec.channels, look_at_values=True, normalized=self.normalized)
+        return self.predict_checked(images, model)
+
+    def predict_checked(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Return what `predict` does for images that were looked at before."""
         student = self.student_tap.model if model is None else tapped_module(model)
         with eval_mode(student):
             logits = self.student_tap.adapter.run(student, self.student_tap.prepare(images), ()).logits
@@ -148,11 +156,12 @@ class Distillation(nn.Module):
         (``docs/performance.md``).
 
         Args:
-            **options: Options of ``torch.compile``: ``mode``, ``dynamic``, ``backend``, ...
+            **options: Options of ``torch.compile``: ``mode``, ``backend``, ``dynamic`` (here ``False`` by default), ...
 
         Warns:
             RuntimeWarning: If a model has no blocks, or, after the first step, if nothing was compiled.
         """
+        options.setdefault("dynamic", False)  # PyTorch's compiler fails on some models with dynamic shapes
         models = {tap.role: blocks(tap.model) for tap in (*self.teachers.live, self.student_tap)}
         compile_parts({**models, "method": [self.method]}, options)
         self._compiled_anew = True
@@ -185,6 +194,11 @@ class Distillation(nn.Module):
         """Return the parameters that the student wants no weight decay for (timm's convention)."""
         names: set[str] = getattr(self.student, "no_weight_decay", set)()
         return {f"student.{name}" for name in names}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("student", "method", "teachers") and name in vars(self).get("_modules", {}):
+            raise AttributeError(f"the {name} of a distiller is fixed: make a new Distiller.")
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distillation:
         if fn(torch.zeros(())).dtype in (torch.float16, torch.bfloat16):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hetkd.data.samples import Keys
 from hetkd.distillation import Distillation
 from hetkd.models.weights import save_model
 from hetkd.utils.checks import choice, whole_number
@@ -40,6 +41,8 @@ class Distiller(Distillation):
             sizes are resized for each model.
         normalized: ``(mean, std)`` that the loader normalised the images with. Otherwise images are float in [0, 1] or
             uint8. Each model gets its own normalisation.
+        teacher_classes: Number of classes of the teachers, for modules whose output does not tell logits from features;
+            0: their output is a feature.
         **method_options: Options of the method, when it is given by name.
 
     Attributes:
@@ -146,8 +149,7 @@ class Distiller(Distillation):
         size, spec = self.loading_size, self.student_inputs.spec
         skip = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
         dataset = make_dataset(train, what="train", spec=spec, size=size, train=True, seed=seed, skip_unreadable=skip)
-        if torch.accelerator.is_available():
-            self.to(torch.accelerator.current_accelerator())
+        self._move_to_accelerator()
         write_cache(
             self.teachers,
             as_single_images(dataset, "train", seed),
@@ -159,12 +161,23 @@ class Distiller(Distillation):
             report=print if progress else lambda line: None,
         )
 
-    def evaluate(self, data: Any, *, batch_size: int = 128) -> dict[str, float]:
-        """Evaluate the student.
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        image_key: str | None = None,
+        label_key: str | None = None,
+    ) -> dict[str, float]:
+        """Evaluate the student; it runs where `fit` would train: on the accelerator, if there is one.
 
         Args:
-            data: As ``val`` of `fit`.
+            data: As ``val`` of `fit`. After training, class folders are those of the training data by name.
             batch_size: Images a batch, of data that is not a loader.
+            num_workers: Processes that load images.
+            image_key: As for `fit`.
+            label_key: As for `fit`.
 
         Returns:
             ``{"top1", "top5", "loss"}``: accuracies in percent (top 5, or as many classes as there are) and mean
@@ -172,7 +185,13 @@ class Distiller(Distillation):
         """
         from hetkd.training.evaluate import evaluate
 
-        return evaluate(self, data, batch_size=batch_size)
+        self._move_to_accelerator()
+        keys = Keys(image_key, label_key)
+        return evaluate(self, data, batch_size=batch_size, num_workers=num_workers, keys=keys)
+
+    def _move_to_accelerator(self) -> None:
+        if torch.accelerator.is_available():
+            self.to(torch.accelerator.current_accelerator())
 
     def save_student(self, path: str | Path) -> None:
         """Save the plain student, with its library's own keys: hetkd is not needed to load it.
@@ -180,4 +199,4 @@ class Distiller(Distillation):
         Args:
             path: ``FILE.safetensors``; for a Hugging Face student also a directory (``save_pretrained``).
         """
-        save_model(self.student, path)
+        save_model(self.student, path, self.class_names)

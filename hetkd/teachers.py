@@ -246,8 +246,16 @@ def fingerprint_model(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes_of(x))
     return digest.hexdigest()
+
+
+def _bytes_of(x: Any) -> bytes:
+    if not isinstance(x, Tensor):  # packed weights and settings of quantised modules
+        return repr(x).encode()
+    if x.is_quantized or type(x) not in (Tensor, nn.Parameter):
+        x = x.dequantize() if hasattr(x, "dequantize") else x
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _joint_logits(features: Sequence[Features]) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Loaders from what people have: folders, datasets, tensors, loaders."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hetkd.data.classes import class_names, label_map
+from hetkd.data.folders import open_folder
+from hetkd.data.pictures import UnreadableImage, is_of_content, is_transparent, name_of, raise_for_content, upright_8bit
+from hetkd.data.samples import Keys, as_picture, checked_label, images_and_labels, keys_of
 from hetkd.data.seeding import sample_seed, seeded
 from hetkd.models.inputs import InputSpec
-
-
-class UnreadableImage(OSError):
-    """An image file is damaged; the message has its path."""
 
 
 class TensorImages(Dataset[Any]):
@@ -56,8 +56,14 @@ class TransformedImages(Dataset[Any]):
             is random.
         skip_unreadable: Take the next readable image in the place of one that cannot be read.
 
+        keys: Where images and labels are in samples that are dicts.
+
     Attributes:
         unreadable: Which images could not be read so far; loading processes write it too.
+        transparent: Whether any image had to be laid on a background.
+        class_names: Names of the classes in the order of the labels that come out, or ``None`` if they are unknown.
+        label_map: The label that comes out for each label of the dataset, if they differ.
+        notes: What a person should know of the dataset.
     """
 
     def __init__(
@@ -67,10 +73,17 @@ class TransformedImages(Dataset[Any]):
         seed: int | None = None,
         *,
         skip_unreadable: bool = False,
+        keys: Keys = Keys(),  # noqa: B008  (a constant)
     ) -> None:
         self.dataset, self.transform, self.seed, self.skip_unreadable = dataset, transform, seed, skip_unreadable
+        self.keys = keys_of(dataset, keys)
         self.epoch = 0
         self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self.transparent = torch.zeros((), dtype=torch.bool).share_memory_()
+        self.is_transparency_said = False
+        self.class_names = class_names(dataset)
+        self.label_map: list[int] | None = None
+        self.notes: list[str] = list(getattr(dataset, "notes", []))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -79,20 +92,50 @@ class TransformedImages(Dataset[Any]):
         for readable in range(index, index + len(self)):
             try:
                 return self._load(readable % len(self))
-            except (OSError, SyntaxError) as error:  # which Pillow raises for damaged files
+            except Exception as error:
+                if not is_of_content(error):
+                    raise
                 if not self.skip_unreadable:
                     choice = "" if self.seed is None else ", or train with unreadable='skip'"
-                    raise UnreadableImage(
-                        f"{self.name_of(readable)} cannot be read ({error}): repair or remove it{choice}."
-                    ) from error
+                    reason = str(error) if isinstance(error, UnreadableImage) else f"cannot be read ({error})"
+                    name = "" if isinstance(error, UnreadableImage) else f"{name_of(self.dataset, readable)} "
+                    raise UnreadableImage(f"{name}{reason}: repair or remove it{choice}.") from error
                 self.unreadable[readable % len(self)] = True
         raise UnreadableImage("no image of the data set can be read.")
 
     def _load(self, index: int) -> Any:
         with nullcontext() if self.seed is None else seeded(sample_seed(self.seed, self.epoch, index)):
-            image, label = _image_and_label(self.dataset[index])
-            image = image if isinstance(image, Tensor) else self.transform(image)
-        return image if label is None else (image, label)
+            image, label = images_and_labels(self.dataset[index], self.keys)
+            image = as_picture(image)
+            if not isinstance(image, Tensor):
+                if is_transparent(image):
+                    self.transparent.fill_(True)
+                try:
+                    image = self.transform(image)
+                except Exception as error:
+                    raise_for_content(name_of(self.dataset, index), error)
+        if label is None:
+            return image
+        label = checked_label(label, name_of(self.dataset, index)) if isinstance(label, str) else label
+        return image, label if self.label_map is None else self.label_map[int(label)]
+
+    def order_classes(self, classes: Sequence[str], other: str, what: str) -> list[str]:
+        """Map labels to the numbers of their classes among ``classes``, by name; return those that are missing here.
+
+        Args:
+            classes: In the order of the student's outputs.
+            other: Where these names come from, for errors.
+            what: Name of the argument, for errors.
+
+        Raises:
+            ValueError: If a class here is none of them.
+        """
+        if self.class_names is None:
+            return []
+        numbers, missing = label_map(self.class_names, classes, what, other)
+        self.label_map = None if numbers == list(range(len(numbers))) else numbers
+        self.class_names = list(classes)
+        return missing
 
     def start_epoch(self, epoch: int) -> None:
         """Set the epoch that randomness depends on, before a loader is iterated."""
@@ -100,25 +143,7 @@ class TransformedImages(Dataset[Any]):
 
     def name_of(self, index: int) -> str:
         """Return the path of an image where the dataset knows it, else its index."""
-        samples = getattr(self.dataset, "samples", None) or getattr(self.dataset, "paths", None)
-        if samples is None:
-            return f"image {index}"
-        return str(samples[index][0] if isinstance(samples[index], tuple) else samples[index])
-
-
-class ImageFiles(Dataset[Any]):
-    """The images of a folder without classes, in the order of their names."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Any:
-        from torchvision.datasets.folder import default_loader
-
-        return default_loader(str(self.paths[index]))
+        return name_of(self.dataset, index)
 
 
 def make_loader(
@@ -132,6 +157,7 @@ def make_loader(
     num_workers: int,
     seed: int = 0,
     skip_unreadable: bool = False,
+    keys: Keys = Keys(),  # noqa: B008  (a constant)
     wrap: Callable[[TransformedImages], Dataset[Any]] | None = None,
 ) -> Iterable[Any]:
     """Make a loader of batches of images and labels.
@@ -148,6 +174,7 @@ def make_loader(
         num_workers: Loading processes.
         seed: Of what is random about single training images.
         skip_unreadable: See `TransformedImages`.
+        keys: See `TransformedImages`.
         wrap: Makes another dataset of the one that would be loaded; then a loader is refused.
 
     Raises:
@@ -156,7 +183,7 @@ def make_loader(
         ValueError: If it is empty.
     """
     dataset: Any = make_dataset(
-        data, what=what, spec=spec, size=size, train=train, seed=seed, skip_unreadable=skip_unreadable
+        data, what=what, spec=spec, size=size, train=train, seed=seed, skip_unreadable=skip_unreadable, keys=keys
     )
     if wrap is not None:
         dataset = wrap(as_single_images(dataset, what, seed))
@@ -183,14 +210,19 @@ def make_dataset(
     train: bool,
     seed: int = 0,
     skip_unreadable: bool = False,
+    keys: Keys = Keys(),  # noqa: B008  (a constant)
 ) -> Any:
     """Make a dataset of what `make_loader` takes; a loader is returned as it is."""
     if isinstance(data, (str, Path)):
-        data = _image_folder(Path(data), what)
+        data = open_folder(Path(data), what)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
         data = TensorImages(*data)
     elif isinstance(data, Tensor):
         data = TensorImages(data, None)
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"{what} is a dict of the splits {list(data)}: give one of them, {next(iter(data), 'train')!r}."
+        )
     _refuse_empty(data, what)
     if _is_loader(data) or isinstance(data, TensorImages):
         return data
@@ -199,7 +231,7 @@ def make_dataset(
             f"{what} must be a folder, a dataset, tensors (images, labels) or a loader, got {type(data).__name__}."
         )
     transform = image_transform(spec, size, train)
-    return TransformedImages(data, transform, seed if train else None, skip_unreadable=skip_unreadable)
+    return TransformedImages(data, transform, seed if train else None, skip_unreadable=skip_unreadable, keys=keys)
 
 
 def as_single_images(dataset: Any, what: str, seed: int) -> TransformedImages:
@@ -223,39 +255,9 @@ def has_labels(loader: Iterable[Any]) -> bool | None:
     if hasattr(dataset.dataset, "samples"):  # a folder of class folders
         return True
     try:
-        return _image_and_label(dataset.dataset[0])[1] is not None
+        return images_and_labels(dataset.dataset[0], dataset.keys)[1] is not None
     except (OSError, SyntaxError):  # which is said where it is loaded
         return None
-
-
-def images_and_labels(batch: Any) -> tuple[Any, Any]:
-    """Take a batch apart: ``(images, labels)``, a dict as Hugging Face's collators make it, or images alone.
-
-    Returns:
-        Images, and labels or ``None``.
-
-    Raises:
-        TypeError: If it is none of these.
-    """
-    return _image_and_label(batch)
-
-
-def _image_and_label(sample: Any) -> tuple[Any, Any]:
-    if isinstance(sample, dict):
-        images = next((sample[key] for key in ("pixel_values", "image", "images", "img") if key in sample), None)
-        labels = next((sample[key] for key in ("labels", "label", "fine_label") if key in sample), None)
-        if images is not None:
-            return images, labels
-        raise TypeError(f"a sample has the keys {sorted(sample)}; expected an image and a label.")
-    if isinstance(sample, Tensor) or hasattr(sample, "convert"):  # a PIL image
-        return sample, None
-    if isinstance(sample, (tuple, list)) and len(sample) in (1, 2):
-        return sample[0], sample[1] if len(sample) == 2 else None
-    raise TypeError(
-        f"a sample must be (image, label), a dict of both, or an image alone, got {type(sample).__name__} "
-        f"{'of ' + str(len(sample)) if isinstance(sample, (tuple, list)) else ''}".rstrip()
-        + "."
-    )
 
 
 def _is_loader(data: Any) -> bool:
@@ -280,24 +282,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _image_folder(path: Path, what: str) -> Any:
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    if not path.is_dir():
-        raise FileNotFoundError(f"{what}={str(path)!r} is no folder.")
-    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
-    images = [entry for entry in entries if entry.suffix.lower() in IMG_EXTENSIONS]
-    if images and not any(entry.is_dir() for entry in entries):
-        return ImageFiles(images)
-    try:
-        return ImageFolder(str(path))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{what}={str(path)!r} must hold one folder of images a class, or images alone ({error})."
-        ) from error
-
-
 def image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Any], Tensor]:
     """Return the transform from a PIL image to a uint8 tensor ``[C, H, W]``: training crops and flips at random."""
     from torchvision.transforms import InterpolationMode, v2
@@ -310,10 +294,6 @@ def image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Call
         crop = [v2.Resize(size, interpolation=mode)]
     else:
         crop = [v2.Resize(math.floor(max(size) / spec.crop_ratio), interpolation=mode), v2.CenterCrop(size)]
-    colour = v2.Lambda(partial(_converted, mode="L" if spec.channels == 1 else "RGB"))
+    colour = v2.Lambda(partial(upright_8bit, mode="L" if spec.channels == 1 else "RGB"))
     transform: Callable[[Any], Tensor] = v2.Compose([colour, v2.PILToTensor(), *crop])
     return transform
-
-
-def _converted(image: Any, mode: str) -> Any:
-    return image.convert(mode)

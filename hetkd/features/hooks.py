@@ -203,3 +203,34 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def is_from_library(model: Any) -> bool:
+    """Say whether a library's own class tells logits from features, and its classifier was not taken off."""
+    home = type(model).__module__.partition(".")[0]
+    if home == "torchvision":
+        return not isinstance(list(model.modules())[-1], nn.Identity)
+    return home == "timm" or (home == "transformers" and "ForImageClassification" in type(model).__name__)
+
+
+def output_is_linear(model: nn.Module, adapter: Adapter, images: Tensor) -> bool:
+    """Say whether the output ranks like that of a linear layer or a convolution of as many channels, image by image.
+
+    Softmax, scaling and averages over positions keep ranks; what an embedding goes through last does not.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            found.append(output.mean((2, 3)) if output.ndim == 4 else output)
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        logits = adapter.run(model, images, ()).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if logits is None:
+        return False
+    return any(x.shape == logits.shape and torch.equal(x.argsort(1), logits.argsort(1)) for x in found)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.features.adapter import Adapter, Features, Stage
-from hetkd.features.hooks import HookAdapter
+from hetkd.features.hooks import HookAdapter, eval_mode, is_from_library, output_is_linear
 from hetkd.features.pairing import POOLED
 from hetkd.features.probe import NoSpatialFeatures, Probe, probe
 from hetkd.features.registry import find_adapter
@@ -22,13 +22,24 @@ Size = int | tuple[int, int]
 class Tap:
     """One side of a distillation: a model, its input transform, its adapter and its tapped stages."""
 
-    def __init__(self, role: str, model: nn.Module, size: Size | None, normalized: Normalization | None) -> None:
+    def __init__(
+        self,
+        role: str,
+        model: nn.Module,
+        size: Size | None,
+        normalized: Normalization | None,
+        classes: int | None = None,
+    ) -> None:
         self.role, self.model = role, tapped_module(model)
         self.adapter: Adapter = find_adapter(self.model)
         self.spec: InputSpec = input_spec(self.model)
         self.size = as_size(size) if size is not None else self.spec.size
         self.why_no_stages = ""
         self.stages, self.classes, self.pooled = self._dry_run()
+        if self.classes is not None and (classes == 0 or (classes is None and not self._ends_in_classifier())):
+            self.pooled, self.classes = self.pooled or self.classes, None
+        if classes and classes != self.classes:
+            raise ValueError(f"teacher_classes={classes}, but the {role} yields {self.classes} numbers an image.")
         self.listed = self.stages  # of the adapter, without those that the user adds
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names: list[str] = []
@@ -52,6 +63,13 @@ class Tap:
             f"{refusals[0]}. If it is the size: its own is {self.spec.size[0]} x {self.spec.size[1]}; "
             f"set input_size={{'{self.role}': ...}}."
         ) from refusals[0]
+
+    def _ends_in_classifier(self) -> bool:
+        """Say whether the output comes from a linear layer or convolution; an embedding does not count as logits."""
+        if self.role == "student" or is_from_library(self.model):
+            return True
+        with torch.no_grad(), eval_mode(self.model):
+            return output_is_linear(self.model, self.adapter, self._sample(self.spec.channels))
 
     def _probe(self, sample: Tensor) -> Probe:
         try:
@@ -119,7 +137,9 @@ class Tap:
         return self.inputs(images).to(self._like().dtype)
 
     def _like(self) -> Tensor:
-        return next(self.model.parameters(), torch.zeros(()))
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        # A quantised model begins with integers.
+        return next((x for x in tensors if x.is_floating_point()), next(iter(tensors), torch.zeros(())))
 
     def run(self, images: Tensor) -> Features:
         """Run the model once on raw images ``[B, C, H, W]``; maps come in the order of `select`."""
@@ -135,16 +155,36 @@ class Tap:
             )
         maps = dict(zip(self._distinct, features.maps, strict=True))
         if POOLED in self.names:
+            if features.pooled is None and self.classes is None:
+                features = replace(features, pooled=features.logits)
             if features.pooled is None:
                 raise RuntimeError(f"the {self.role} {type(self.model).__name__} did not yield its pooled vector.")
             maps[POOLED] = features.pooled[:, :, None, None]
-        return replace(features, maps=tuple(maps[name] for name in self.names))
+        logits = None if self.classes is None else features.logits
+        return replace(features, logits=logits, maps=tuple(maps[name] for name in self.names))
 
     def to(self, device: torch.device) -> None:
         """Move model and input transform; the dtype stays."""
         if self.placement == "device":
             self.model.to(device)
         self.inputs.to(device)
+
+
+def refuse_frozen_graphs(role: str, model: nn.Module) -> None:
+    """Raise TypeError for scripted and exported modules, which cannot be tapped or trained."""
+    kind = "scripted (torch.jit)" if isinstance(model, torch.jit.ScriptModule) else ""
+    if isinstance(model, torch.fx.GraphModule) and _is_exported(model):
+        kind = "exported (torch.export)"
+    if kind:
+        raise TypeError(f"the {role} is {kind}: its modules cannot be tapped; pass the module that it was made of.")
+
+
+def _is_exported(model: nn.Module) -> bool:
+    try:
+        model.eval()
+    except NotImplementedError:
+        return True
+    return False
 
 
 def as_size(size: Any) -> tuple[int, int]:

@@ -221,6 +221,10 @@ def check_images(images: Any, channels: int, *, look_at_values: bool, normalized
     if images.shape[1] != channels:
         hint = "; they look like NHWC: images.permute(0, 3, 1, 2)" if images.shape[3] == channels else ""
         raise ValueError(f"images have {images.shape[1]} channels, but the model takes {channels}{hint}.")
+    if normalized and images.dtype == torch.uint8:
+        raise ValueError(
+            "images are uint8, which cannot be normalised: leave normalized=... out, or convert them first."
+        )
     if look_at_values and images.is_floating_point():
         _check_range(images, normalized)
 
@@ -257,6 +261,11 @@ def check_labels(labels: Any, batch: int, classes: int | None, look_at_values: b
     if labels.ndim == 2 and labels.is_floating_point():
         if labels.shape != (batch, classes or labels.shape[1]):
             raise ValueError(f"labels have shape {list(labels.shape)}, not [{batch}, {classes}].")
+        if look_at_values and not (labels.float().sum(1) - 1).abs().max() < 1e-2:
+            raise ValueError(
+                f"labels are floats that do not sum to 1 (the first row to {labels[0].sum().item():.4g}): they must be "
+                "probabilities, not several classes at once; give class indices, or divide rows by their sums."
+            )
         return
     if labels.dtype != torch.int64:
         raise TypeError(

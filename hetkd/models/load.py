@@ -56,7 +56,7 @@ def load_model(
     fetch = pretrained and weights is None
     model = builders[library](model_name, num_classes, fetch, kwargs)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, new_head=num_classes)
     return model.eval() if fetch or weights is not None else model
 
 

@@ -1,6 +1,8 @@
 """Weights from files, strictly, and students back to disk in their library's own form."""
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ from hetkd.models.wrappers import architecture_name, unwrap
 from hetkd.utils.files import write_atomically
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, new_head: int | None = None) -> None:
     """Loads a state dict into a model, strictly; timm models may have been built for another input size.
 
     Args:
         model: Of the same architecture.
         path: A safetensors file, or a PyTorch file that holds nothing but tensors.
+        new_head: Number of classes of the model, if a head of another number in the file is to be left out.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -29,9 +32,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     expected = _shapes(model.state_dict())
     if _shapes(state) != expected:
         state = _fitted_by_timm(model, state)
+    if new_head is not None:
+        state = _without_other_head(state, model.state_dict(), new_head)
     if _shapes(state) != expected:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {_differences(expected, _shapes(state))}")
     model.load_state_dict(state)
+
+
+def _without_other_head(state: dict[str, Tensor], own: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """Return weights with the model's own values where only the number of classes differs."""
+
+    def is_head(key: str, x: Tensor) -> bool:
+        new = own.get(key)
+        return new is not None and new.shape != x.shape and new.shape[:1] == (classes,) and new.shape[1:] == x.shape[1:]
+
+    return {key: own[key] if is_head(key, x) else x for key, x in state.items()}
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -79,24 +94,31 @@ def _differences(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[in
     return "; ".join(parts) + "."
 
 
-def save_model(model: Any, path: str | Path) -> None:
+def save_model(model: Any, path: str | Path, classes: Sequence[str] | None = None) -> None:
     """Save a plain model with its library's own keys.
 
     Args:
         model: The model.
         path: A file ending in ``.safetensors``; for a Hugging Face model also a directory, for ``save_pretrained``.
+        classes: Names of the classes, which go into the file's metadata or the Hugging Face configuration.
 
     Raises:
         ValueError: If the path fits neither.
     """
     path, model = Path(path), unwrap(model)
+    path = path.expanduser()
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if classes and labels and len(labels) == len(classes):
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: index for index, name in enumerate(classes)}
     if path.suffix != ".safetensors":
-        if not hasattr(model, "save_pretrained"):
+        if path.suffix or not hasattr(model, "save_pretrained"):
             raise ValueError(f"path={str(path)!r} must end in '.safetensors'.")
         model.save_pretrained(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "architecture": architecture_name(model)}
+    metadata |= {"classes": json.dumps(list(classes))} if classes else {}
     write_atomically(path, lambda temporary: save_tensors(model.state_dict(), temporary, metadata))
 
 

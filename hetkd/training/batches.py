@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from hetkd.cache.records import TeacherCache
 from hetkd.data.augment import Augmentation
-from hetkd.data.images import TensorImages, TransformedImages, has_labels, images_and_labels, length
+from hetkd.data.images import TensorImages, TransformedImages, has_labels, length
+from hetkd.data.samples import images_and_labels
 from hetkd.data.seeding import sample_seed
 from hetkd.distillation import Distillation
 from hetkd.models.inputs import check_labels

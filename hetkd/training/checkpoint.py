@@ -115,9 +115,9 @@ class RunFolder:
             save_model(student, Path(folder) / LAST)
             save_file(with_prefix("", state), Path(folder) / _TENSORS)
 
-    def save_student(self, student: nn.Module, name: str) -> None:
-        """Save a plain student under ``BEST`` or ``LAST``."""
-        save_model(student, self.path / name)
+    def save_student(self, student: nn.Module, name: str, classes: list[str] | None) -> None:
+        """Save a plain student under ``BEST`` or ``LAST``, with the names of its classes."""
+        save_model(student, self.path / name, classes)
 
     def save_history(self, history: list[dict[str, float]]) -> None:
         """Write the history so far."""

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hetkd.data.images import TransformedImages, has_labels, images_and_labels, make_loader
+from hetkd.data.images import TransformedImages, has_labels, make_loader
+from hetkd.data.samples import Keys, images_and_labels
 from hetkd.data.seeding import generators_kept
 from hetkd.distillation import Distillation
 from hetkd.features.hooks import eval_mode
@@ -20,15 +21,27 @@ _LOOKED_AT = 64
 WITHOUT_LABELS = "val has images without labels, which say nothing of accuracy: leave val out."
 
 
-def evaluate(distillation: Distillation, data: Any, *, batch_size: int) -> dict[str, float]:
+def evaluate(
+    distillation: Distillation, data: Any, *, batch_size: int, num_workers: int, keys: Keys
+) -> dict[str, float]:
     """Evaluate the student of a distiller on the device where it is; see `hetkd.Distiller.evaluate`."""
-    loader = eval_loader(distillation, data, batch_size, num_workers=0)
+    loader = eval_loader(distillation, data, batch_size, num_workers, keys, notes=[])
     device = next(distillation.student.parameters()).device
     return measure(distillation, distillation.student, loader, device)
 
 
-def eval_loader(distillation: Distillation, data: Any, batch_size: int, num_workers: int) -> Iterable[Any]:
-    """Make a loader in the order of the data, with every image.
+def eval_loader(
+    distillation: Distillation, data: Any, batch_size: int, num_workers: int, keys: Keys, notes: list[str]
+) -> Iterable[Any]:
+    """Make a loader in the order of the data, with every image; labels follow the classes of the training data.
+
+    Args:
+        distillation: Knows the names of the classes after training.
+        data: As ``val`` of `hetkd.Distiller.fit`.
+        batch_size: Images a batch.
+        num_workers: Loading processes.
+        keys: Where images and labels are in samples that are dicts.
+        notes: Gets what to tell the user.
 
     Raises:
         ValueError: If the student has no classifier, or the data no labels.
@@ -46,7 +59,14 @@ def eval_loader(distillation: Distillation, data: Any, batch_size: int, num_work
         batch_size=batch_size,
         train=False,
         num_workers=num_workers,
+        keys=keys,
     )
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, TransformedImages):
+        notes += dataset.notes
+        if distillation.class_names is not None:
+            missing = dataset.order_classes(distillation.class_names, "train", "val")
+            notes += [f"val has no images of {len(missing)} classes: {', '.join(missing[:10])}"] if missing else []
     if has_labels(loader) is False:
         raise ValueError(WITHOUT_LABELS)
     return loader
@@ -85,7 +105,7 @@ def measure(
         for batch in loader:
             images, labels = _checked(distillation, batch, first=seen == 0)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            logits = distillation.predict(images, model).float()
+            logits = distillation.predict_checked(images, model).float()
             if accelerator is not None and shared_out:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
             seen += len(labels)

@@ -50,9 +50,10 @@ def fit(
         accelerator = make_accelerator(checked, None if folder is None else folder.path)
         if folder is not None and accelerator.is_main_process:
             stack.enter_context(folder.locked())
-        # A student that FSDP is to shard may not fit on one device.
-        device = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
-        stack.enter_context(only_used_parameters(distillation, device))
+        if accelerator.num_processes > 1:  # DDP waits for gradients
+            # A student that FSDP is to shard may not fit on one device.
+            device = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
+            stack.enter_context(only_used_parameters(distillation, device))
         stack.callback(accelerator.unwrap_model, distillation, keep_fp32_wrapper=False)
         run = set_up(distillation, train, val, epochs, folder, checked, accelerator)
         stack.callback(accelerator.unwrap_model, run.model, keep_fp32_wrapper=False)
@@ -213,6 +214,9 @@ def _check_arguments(
 
 def _report_unreadable(run: Run, record: dict[str, float], progress: TrainingProgress) -> None:
     dataset = run.train.dataset
+    if isinstance(dataset, TransformedImages) and dataset.transparent and not dataset.is_transparency_said:
+        progress.note("some images are transparent; they are laid on white")
+        dataset.is_transparency_said = True
     if not (isinstance(dataset, TransformedImages) and dataset.skip_unreadable):
         return
     unreadable = run.accelerator.reduce(dataset.unreadable.to(run.device, torch.int32))

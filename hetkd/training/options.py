@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hetkd.data.augment import PRESETS
+from hetkd.data.samples import Keys
 from hetkd.utils.checks import check_option_names, choice, not_negative, positive, unknown_name
 
 LEARNING_RATES = {"sgd": 0.05, "adamw": 1e-3, "lamb": 5e-3}
@@ -34,6 +35,8 @@ class TrainingOptions:
         warmup_lr: Learning rate at the start of the warm-up; ``None``: ``lr / 100``.
         min_lr: Learning rate at the end of the schedule.
         mixed_precision: ``"no"``, ``"bf16"``, ``"fp16"``, or ``None``: the choice of ``accelerate launch``.
+        half_weights: Train a student with weights in half precision as it is; otherwise they become float32, since
+            small updates would be rounded away. ``mixed_precision`` computes in half precision all the same.
         gradient_accumulation: Batches an update.
         clip_grad: Largest norm of the gradient, or ``None``.
         ema: Decay of the average of the student's weights, e.g. 0.9999; ``None``: no average.
@@ -44,6 +47,8 @@ class TrainingOptions:
             RandAugment and erasing), presets of kornia (`hetkd.data.augment.Augmentation`), or any function of images
             ``[B, C, H, W]`` in [0, 1], for example a ``kornia.augmentation.AugmentationSequential``.
         num_workers: Loading processes; a loader has its own.
+        image_key: Name of the images in samples that are dicts; ``None``: found by name or type.
+        label_key: The same for the labels.
         unreadable: What to do with an unreadable image of ``train``: ``"error"`` ends the run with its path, ``"skip"``
             takes the next image instead, and counts and names the bad ones at the end of the epoch.
         seed: Seed of data order and augmentation.
@@ -78,6 +83,7 @@ class TrainingOptions:
     warmup_lr: float | None = None
     min_lr: float = 1e-6
     mixed_precision: str | None = None
+    half_weights: bool = False
     gradient_accumulation: int = 1
     clip_grad: float | None = None
     ema: float | None = None
@@ -86,6 +92,8 @@ class TrainingOptions:
     label_smoothing: float = 0.0
     augment: str | Callable[[Tensor], Tensor] | None = None
     num_workers: int = 0
+    image_key: str | None = None
+    label_key: str | None = None
     unreadable: str = "error"
     seed: int = 0
     cpu: bool = False
@@ -163,6 +171,11 @@ class TrainingOptions:
         if self.lr is None and self.optimizer not in LEARNING_RATES:
             name = _word(self.optimizer)
             raise ValueError(f"lr=None, but optimizer {name!r} has no default learning rate here; set lr.")
+
+    @property
+    def keys(self) -> Keys:
+        """Where images and labels are in samples that are dicts."""
+        return Keys(self.image_key, self.label_key)
 
     @property
     def peak_lr(self) -> float:

@@ -121,9 +121,8 @@ class Saver:
             run.whole.load_state_dict(unsharded_weights(run.model))
             student = run.whole.student
         if run.accelerator.is_main_process:
-            if is_best:
-                run.folder.save_student(student, BEST)
-            run.folder.save_student(student, LAST)
+            for name in (BEST, LAST)[not is_best :]:
+                run.folder.save_student(student, name, run.whole.class_names)
             run.folder.save_history(run.state.history)
         if run.keeps_checkpoints:
             self.save_checkpoint()
@@ -208,6 +207,7 @@ def run_settings(run: Run) -> dict[str, Any]:
         "plan": run.distillation.plan.title,
         "method": run.distillation.method.settings(),
         "epochs": run.epochs,
+        "classes": run.whole.class_names,
         "effective_batch_size": run.train.size * run.options.gradient_accumulation * processes,
         "processes": processes,
         "sharded": run.accelerator.is_fsdp2,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -14,6 +15,7 @@ from hetkd.distillation import Distillation
 from hetkd.training.accelerator import fused_update, prepare, uses_deepspeed
 from hetkd.training.batches import Batches, TargetMaker, shared_out
 from hetkd.training.checkpoint import RunFolder
+from hetkd.training.classes import name_classes, teachers_accuracy
 from hetkd.training.evaluate import eval_loader, look_at_validation
 from hetkd.training.options import TrainingOptions
 from hetkd.training.run import Run
@@ -37,9 +39,13 @@ def set_up(
     from timm.utils import ModelEmaV3
 
     whole = distillation
+    student_notes = _prepare_student(whole, options)
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     train_loader = _train_loader(whole, train, options, cache)
-    val_loader = None if val is None else eval_loader(whole, val, 2 * options.batch_size, options.num_workers)
+    notes = student_notes + name_classes(whole, getattr(train_loader, "dataset", None))
+    val_loader = None
+    if val is not None:
+        val_loader = eval_loader(whole, val, 2 * options.batch_size, options.num_workers, options.keys, notes)
     _refuse_presets_on_normalized(options, whole)
     mixing = TargetMaker(options, whole.classes)
     if accelerator.is_fsdp2 and not isinstance(val_loader, DataLoader | None):
@@ -50,9 +56,12 @@ def set_up(
         distillation = copy_for_sharding(whole)
     optimizer = _make_optimizer(distillation, options, accelerator)
     model, optimizer = prepare(distillation, optimizer, accelerator, options, batches.size)
+    if cache is None:
+        notes += teachers_accuracy(whole, getattr(train_loader, "dataset", None))
     if options.compile:
         distillation.compile()
-    notes, keeps_checkpoints = [_said_at_the_start(batches, epochs, accelerator)], folder is not None
+    notes.insert(0, _said_at_the_start(batches, epochs, accelerator))
+    keeps_checkpoints = folder is not None
     if folder is not None and uses_deepspeed(accelerator):
         keeps_checkpoints = False
         notes.append("DeepSpeed: students are saved after each epoch, but no checkpoint to resume from.")
@@ -73,10 +82,22 @@ def set_up(
         options=options,
         epochs=epochs,
         keeps_checkpoints=keeps_checkpoints,
-        fingerprints={} if folder is None else _fingerprints(train_loader, whole),
+        fingerprints={} if folder is None else _fingerprints(train_loader, whole, notes),
         notes=notes,
         kept_in_eval=_kept_in_eval(distillation.student),
     )
+
+
+def _prepare_student(distillation: Distillation, options: TrainingOptions) -> list[str]:
+    """Turn a student in half precision to float32, whose small updates are not rounded away; return what to tell."""
+    notes, student = [], distillation.student
+    half = {str(p.dtype) for p in student.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    if half and not options.half_weights:
+        student.float()
+        notes.append(f"the student's weights are {half.pop().removeprefix('torch.')}: they are trained in float32")
+    if hasattr(student, "peft_config"):
+        notes.append("the student is a PEFT model, whose files have PEFT's keys: merge_and_unload() makes it plain")
+    return notes
 
 
 def _refuse_presets_on_normalized(options: TrainingOptions, distillation: Distillation) -> None:
@@ -128,6 +149,7 @@ def _train_loader(
         num_workers=options.num_workers,
         seed=options.seed if cache is None else cache.about["seed"],
         skip_unreadable=options.unreadable == "skip",
+        keys=options.keys,
         wrap=None if cache is None else with_cache,
     )
 
@@ -173,12 +195,17 @@ def _make_scheduler(optimizer: Any, options: TrainingOptions, epochs: int, updat
     return scheduler
 
 
-def _fingerprints(loader: Iterable[Any], distillation: Distillation) -> dict[str, Any]:
+def _fingerprints(loader: Iterable[Any], distillation: Distillation, notes: list[str]) -> dict[str, Any]:
     """Return what tells the training data and the teachers from others, for records of the run."""
     dataset: Any = getattr(loader, "dataset", None)
-    own = isinstance(dataset, (TransformedImages, TensorImages))
+    digest = None
+    if isinstance(dataset, (TransformedImages, TensorImages)):
+        digest, again = fingerprint_data(dataset), fingerprint_data(dataset)
+        if digest != again:
+            digest = None
+            notes.append("the training images differ from call to call (a generator of their own): no resume is exact")
     return {
         "train_images": length(dataset),
-        "train_data": fingerprint_data(dataset) if own else None,
+        "train_data": digest,
         "teachers": distillation.teachers.fingerprints(),
     }

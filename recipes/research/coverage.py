@@ -40,7 +40,7 @@ SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 
 METHODS = {"sfkd": SFKD, "uhkd": UHKD}
 
-PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -262,3 +262,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep what is done here, and do not do it again")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -33,10 +33,12 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
-    """Installs the package in tests/plugin, and tells what a fresh process sees of it."""
+    """Installs the package in tests/adapters/plugin, and tells what a fresh process sees of it."""
     site = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", str(site), str(REPOSITORY / "tests" / "plugin")], check=True, cwd=site)
+    subprocess.run(
+        [*pip, "--target", str(site), str(REPOSITORY / "tests" / "adapters" / "plugin")], check=True, cwd=site
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

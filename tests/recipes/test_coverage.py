@@ -22,7 +22,9 @@ REFUSED = {"dinat", "dinat backbone", "imagegpt", "perceiver", "shieldgemma2"}  
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")
 def test_coverage_of_every_architecture():
-    spec = importlib.util.spec_from_file_location("coverage_recipe", RECIPES / "coverage.py")  # "coverage" is a package
+    spec = importlib.util.spec_from_file_location(
+        "coverage_recipe", RECIPES / "research" / "coverage.py"
+    )  # "coverage" is a package
     coverage = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = coverage
     spec.loader.exec_module(coverage)

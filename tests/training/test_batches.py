@@ -63,9 +63,9 @@ def test_loaders_datasets_dicts_and_folders(tmp_path):
 
 
 def test_one_channel_folder(tmp_path):
-    (tmp_path / "a").mkdir()
     for index in range(4):
-        Image.new("RGB", (50, 40), (40 * index, 0, 0)).save(tmp_path / "a" / f"{index}.png")
+        (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (50, 40), (40 * index, 0, 0)).save(tmp_path / "ab"[index % 2] / f"{index}.png")
     Distiller(None, tiny_cnn(in_chans=1), "ce", input_size=32).fit(tmp_path, epochs=1, batch_size=2, **QUIET)
 
 

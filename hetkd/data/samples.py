@@ -1,0 +1,117 @@
+"""What a data set or loader yields, taken apart: images and labels."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_IMAGE_KEYS = ("pixel_values", "image", "images", "img")
+_LABEL_KEYS = ("labels", "label", "fine_label", "class", "target", "cls")
+
+
+class Keys(NamedTuple):
+    """Where image and label are in a sample that is a dict; ``None``: they are found by name, else by type."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+def keys_of(dataset: Any, given: Keys = Keys()) -> Keys:  # noqa: B008  (a constant)
+    """Return the keys of a data set whose columns have types, as Hugging Face's ``Image`` and ``ClassLabel``.
+
+    Raises:
+        ValueError: If a given key is none of its columns.
+    """
+    features = getattr(dataset, "features", None)
+    if not isinstance(features, Mapping):
+        return given
+    for name, key in given._asdict().items():
+        if key is not None and key not in features:
+            raise ValueError(f"{name}_key={key!r} is none of the columns {list(features)}.")
+    images = [name for name, x in features.items() if type(x).__name__ == "Image"]
+    labels = [name for name, x in features.items() if type(x).__name__ == "ClassLabel"]
+    image = given.image or (images[0] if len(images) == 1 else None)
+    return Keys(image, given.label or (labels[0] if len(labels) == 1 else None))
+
+
+def images_and_labels(batch: Any, keys: Keys = Keys()) -> tuple[Any, Any]:  # noqa: B008
+    """Take a batch or sample apart: ``(images, labels)``, a dict, or images alone.
+
+    Args:
+        batch: One of these; dicts as Hugging Face's collators make them.
+        keys: Of dicts.
+
+    Returns:
+        Images, and labels or ``None``.
+
+    Raises:
+        TypeError: If it is none of these, or a dict does not tell image and label.
+    """
+    if isinstance(batch, Mapping):
+        return _from_dict(batch, keys)
+    if isinstance(batch, Tensor) or hasattr(batch, "convert") or hasattr(batch, "__array_interface__"):
+        return batch, None
+    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+        return batch[0], batch[1] if len(batch) == 2 else None
+    raise TypeError(
+        f"a sample must be (image, label), a dict of both, or an image alone, got {type(batch).__name__} "
+        f"{'of ' + str(len(batch)) if isinstance(batch, (tuple, list)) else ''}".rstrip()
+        + "."
+    )
+
+
+def _from_dict(sample: Mapping[str, Any], keys: Keys) -> tuple[Any, Any]:
+    image = keys.image or _key(sample, _IMAGE_KEYS, _is_picture, "image")
+    if image is None or image not in sample:
+        raise TypeError(
+            f"a sample has the keys {sorted(sample)}; expected an image and a label: name it, image_key=..."
+        )
+    label = keys.label or _key(sample, _LABEL_KEYS, _is_class, "label", other_than=image)
+    return sample[image], None if label is None else sample[label]
+
+
+def _key(
+    sample: Mapping[str, Any], names: tuple[str, ...], fits: Any, what: str, other_than: str | None = None
+) -> str | None:
+    named = next((name for name in names if name in sample and name != other_than), None)
+    if named is not None:
+        return named
+    fitting = [name for name, value in sample.items() if name != other_than and fits(value)]
+    if len(fitting) > 1:
+        raise TypeError(f"a sample may have its {what} in {' or '.join(fitting)}: name it, {what}_key={fitting[0]!r}.")
+    return fitting[0] if fitting else None
+
+
+def _is_picture(value: Any) -> bool:
+    return hasattr(value, "convert") or (hasattr(value, "ndim") and value.ndim >= 3)
+
+
+def _is_class(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim <= 1 and not value.is_floating_point()
+    return not isinstance(value, bool) and hasattr(value, "__index__")
+
+
+def checked_label(label: Any, name: str) -> Any:
+    """Return a label; raise TypeError, naming the image, for one that is text."""
+    if isinstance(label, str):
+        raise TypeError(
+            f"the label of {name} is the text {label!r}: give class numbers, a ClassLabel column, or a folder of class "
+            "folders."
+        )
+    return label
+
+
+def as_picture(image: Any) -> Any:
+    """Return a NumPy image ``[H, W]`` or ``[H, W, C]`` of 8 bits as a PIL image, another one as a tensor."""
+    if isinstance(image, Tensor) or not hasattr(image, "__array_interface__") or hasattr(image, "convert"):
+        return image
+    import numpy as np
+    from PIL import Image
+
+    array = np.asarray(image)
+    if array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
+        return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+    is_hwc = array.ndim == 3 and array.shape[2] in (1, 3) and array.shape[0] not in (1, 3)
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1) if is_hwc else array))

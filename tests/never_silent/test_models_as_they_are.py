@@ -1,0 +1,178 @@
+"""Models that are not what they look like: each is taken for what it is, or refused."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import batch, tiny_cnn, tiny_vit
+from torch import nn
+from training_runs import QUIET, bright_or_dark
+
+from hetkd import Distiller, load_model
+from hetkd.models import save_model
+
+
+class Embedding(nn.Module):
+    """A backbone whose output is a normalised vector, as DINOv2's from torch.hub."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 10, 3, 2, 1), nn.ReLU())
+        self.last = last
+
+    def forward(self, x):
+        return self.last(self.body(x).mean((2, 3)))
+
+
+def without_fc() -> nn.Module:
+    model = torchvision.models.resnet18(num_classes=10)
+    model.fc = nn.Identity()
+    return model
+
+
+EMBEDDINGS = {
+    "norm": lambda: Embedding(nn.Sequential(nn.Linear(10, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 10), Unit())),
+    "pooling": lambda: Embedding(nn.Identity()),
+    "torchvision": without_fc,
+    "timm": lambda: tiny_vit(num_classes=0),
+}
+
+
+class Unit(nn.Module):
+    def forward(self, x):
+        return nn.functional.normalize((x - x.roll(1, 1)).square(), dim=1)
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_an_embedding_is_no_logits(name):
+    with pytest.raises(ValueError, match="the teacher has no classifier"):
+        Distiller(EMBEDDINGS[name](), tiny_cnn(), "kd", input_size=32)
+    distiller = Distiller(EMBEDDINGS[name](), tiny_cnn(), "rsd", input_size=32)
+    output = distiller(*batch())
+    assert output.teacher_logits is None
+    assert sorted(output.terms) == ["ce", "rsd.pooled"]
+
+
+LOGITS = {
+    "linear": nn.Linear(10, 10),
+    "softmax": nn.Sequential(nn.Linear(10, 10), nn.LogSoftmax(1)),
+    "scaled": nn.Sequential(nn.Linear(10, 10), nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_are_logits(name):
+    assert "kd" in Distiller(Embedding(LOGITS[name]), tiny_cnn(), "kd", input_size=32)(*batch()).terms
+
+
+def test_what_cannot_be_known_can_be_said():
+    assert "kd" in Distiller(Embedding(Unit()), tiny_cnn(), "kd", input_size=32, teacher_classes=10)(*batch()).terms
+    with pytest.raises(ValueError, match="has no classifier"):
+        Distiller(Embedding(nn.Linear(10, 10)), tiny_cnn(), "kd", input_size=32, teacher_classes=0)
+    with pytest.raises(ValueError, match="teacher_classes=7, but the teacher yields 10"):
+        Distiller(Embedding(nn.Linear(10, 10)), tiny_cnn(), "kd", input_size=32, teacher_classes=7)
+
+
+def test_batch_norms_in_eval_mode_stay_so():
+    student = tiny_cnn()
+    norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms[0].eval()
+    before = [norm.running_mean.clone() for norm in norms]
+    Distiller(None, student, "ce", input_size=32).fit(bright_or_dark(16), epochs=1, batch_size=8, **QUIET)
+    assert torch.equal(norms[0].running_mean, before[0])
+    assert not torch.equal(norms[-1].running_mean, before[-1])
+
+
+def test_frozen_parts_in_eval_mode_stay_so_and_a_loaded_student_trains():
+    student = tiny_cnn().eval()
+    student.bn1.requires_grad_(False)
+    before = student.bn1.running_mean.clone(), student.layer1[0].bn1.running_mean.clone()
+    Distiller(None, student, "ce", input_size=32).fit(bright_or_dark(16), epochs=1, batch_size=8, **QUIET)
+    assert torch.equal(student.bn1.running_mean, before[0])
+    assert not torch.equal(student.layer1[0].bn1.running_mean, before[1])
+
+
+def test_shared_modules_are_refused():
+    teacher, student = tiny_cnn(), tiny_cnn()
+    student.conv1 = teacher.conv1
+    with pytest.raises(ValueError, match="share parameters"):
+        Distiller(teacher, student, "kd", input_size=32)
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_a_student_cannot_be_exchanged():
+    distiller = Distiller(None, tiny_cnn(), "ce", input_size=32)
+    with pytest.raises(AttributeError, match="make a new Distiller"):
+        distiller.student = tiny_cnn()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_student_in_half_precision_is_trained_in_full(dtype, capsys):
+    student = tiny_cnn().to(dtype)
+    before = copy.deepcopy(student.state_dict())
+    distiller = Distiller(None, student, "ce", input_size=32)
+    distiller.fit(bright_or_dark(32), epochs=1, batch_size=8, lr=1e-4, weight_decay=0.0, cpu=True)
+    assert "trained in float32" in capsys.readouterr().out
+    moved = [not torch.equal(x, before[name].float()) for name, x in distiller.student.named_parameters()]
+    assert next(distiller.student.parameters()).dtype == torch.float32
+    assert sum(moved) == len(moved)
+
+
+def test_or_as_it_is_if_the_user_says_so():
+    distiller = Distiller(None, tiny_cnn().bfloat16(), "ce", input_size=32)
+    distiller.fit(bright_or_dark(16), epochs=1, batch_size=8, half_weights=True, **QUIET)
+    assert next(distiller.student.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, which is deprecated
+@pytest.mark.parametrize("kind", ["scripted", "exported"])
+def test_scripted_and_exported_teachers_are_named(kind):
+    model, images = tiny_cnn().eval(), torch.rand(2, 3, 32, 32)
+    frozen = torch.jit.trace(model, images) if kind == "scripted" else torch.export.export(model, (images,)).module()
+    with pytest.raises(TypeError, match=f"the teacher is {kind}"):
+        Distiller(frozen, tiny_cnn(), "kd", input_size=32)
+
+
+class WithState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_cnn()
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def get_extra_state(self):
+        return {"anything": object()}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_no_checkpoint_holds_is_found_before_the_training(tmp_path):
+    distiller = Distiller(None, WithState(), "ce", input_size=32)
+    with pytest.raises(ValueError, match="extra_state holds a dict, but checkpoints hold tensors only"):
+        distiller.fit(bright_or_dark(16), epochs=1, batch_size=8, output_dir=tmp_path / "run", **QUIET)
+
+
+def test_a_branch_that_few_images_reach_is_trained():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bright, self.dark = tiny_cnn(), tiny_cnn()
+
+        def forward(self, x):
+            return self.dark(x) if x.mean() < 0 else self.bright(x)
+
+    student = Branching()
+    before = student.dark.fc.weight.clone()
+    images, labels = torch.zeros(16, 3, 32, 32), torch.arange(16) % 10
+    Distiller(None, student, "ce", input_size=32).fit((images, labels), epochs=1, batch_size=8, **QUIET)
+    assert not torch.equal(student.dark.fc.weight, before)
+
+
+def test_a_file_of_another_number_of_classes_is_loaded_without_its_head(tmp_path):
+    save_model(timm.create_model("test_resnet", num_classes=1000), tmp_path / "x.safetensors")
+    model = load_model("timm:test_resnet", num_classes=12, weights=tmp_path / "x.safetensors")
+    assert model.fc.out_features == 12
