@@ -251,7 +251,13 @@ def _make_plan(method: Method, teachers: Sequence[Tap], student: Tap) -> Plan:
         rows.append(PlanRow("logits", name, (teacher.classes or 0,), "", (student.classes or 0,), words, 0))
     taught_by = " + ".join(teacher.title for teacher in teachers) or "no teacher"
     title = f"{taught_by} -> {student.title}, method {method.title}"
-    return Plan(title, tuple(rows), count_parameters(method), method.remark())
+    inputs = tuple(_input_line(tap) for tap in (*teachers, student))
+    return Plan(title, tuple(rows), count_parameters(method), method.remark(), inputs)
+
+
+def _input_line(tap: Tap) -> str:
+    mean, std = (" ".join(f"{x:.3f}" for x in values) for values in (tap.spec.mean, tap.spec.std))
+    return f"{tap.role}: {tap.size[0]} x {tap.size[1]} pixels, mean {mean}, std {std} ({tap.spec.source})"
 
 
 def _row(method: Method, index: int, pair: StagePair, teachers: Sequence[Tap], student: Tap) -> PlanRow:

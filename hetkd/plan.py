@@ -36,12 +36,14 @@ class Plan:
         rows: One a stage pair that the method uses, and one for the logits if it uses these.
         added_parameters: Their sum.
         remark: A sentence below the table, or an empty string.
+        inputs: A line for each model: size, mean and standard deviation of its images, and where they come from.
     """
 
     title: str
     rows: tuple[PlanRow, ...]
     added_parameters: int
     remark: str = ""
+    inputs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("stage", "teacher", "shape", "student", "shape", "match", "added parameters")
@@ -65,7 +67,7 @@ class Plan:
         total = f"{self.added_parameters:,} parameters are added for the training and dropped after it."
         remark = [self.remark] if self.remark else []
         table = [lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])]
-        return "\n".join([self.title, "", *table, "", total, *remark])
+        return "\n".join([self.title, *self.inputs, "", *table, "", total, *remark])
 
 
 def _shape(shape: tuple[int, ...]) -> str:

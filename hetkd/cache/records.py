@@ -90,7 +90,10 @@ class TeacherCache:
             )
         fields = {field: np.array(record[field]) for field in self.dtype.names or () if field not in ("seed", "image")}
         return {
-            field: torch.from_numpy(x.astype(np.int32) if x.dtype == np.uint16 else x) for field, x in fields.items()
+            field: torch.from_numpy(x.astype(np.int64) if x.dtype == np.uint32 else x.astype(np.int32))
+            if field.endswith(".ids")
+            else torch.from_numpy(x)
+            for field, x in fields.items()
         }
 
     def targets(self, records: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,6 +111,14 @@ class TeacherCache:
         top, ids, rest = (records[f"{name}.{part}"] for part in ("top", "ids", "rest"))
         logits = rest.float().unsqueeze(1).repeat(1, self.about["shapes"][name][0])
         return logits.scatter(1, ids.long(), top.float())
+
+
+def is_complete(path: Path) -> bool:
+    """Say whether a folder holds a complete cache."""
+    if not (path / INDEX).exists():
+        return False
+    about = read_index(path / INDEX)
+    return {name for name, _, _ in shards(about["samples"], about["views"])} <= set(about["shards"])
 
 
 def image_checksum(image: Tensor) -> int:
@@ -151,7 +162,8 @@ def record_dtype(shapes: Mapping[str, list[int]], top_k: int | None) -> np.dtype
     for name, shape in shapes.items():
         if is_logits(name):
             count = kept_logits(shape[0], top_k)
-            fields += [(f"{name}.top", "<f2", (count,)), (f"{name}.ids", "<u2", (count,)), (f"{name}.rest", "<f4")]
+            ids = "<u2" if shape[0] <= 65_536 else "<u4"
+            fields += [(f"{name}.top", "<f2", (count,)), (f"{name}.ids", ids, (count,)), (f"{name}.rest", "<f4")]
         else:
             fields += [(name, "<f2", tuple(shape)), (f"{name}.scale", "<f4")]
     return np.dtype(fields)

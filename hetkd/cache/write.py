@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hetkd.cache.records import (
     BASES,
     INDEX,
     image_checksum,
+    is_complete,
     is_logits,
     is_whole,
     kept_logits,
@@ -47,7 +50,14 @@ def write_cache(
     num_workers: int,
     report: Report,
 ) -> None:
-    """Record `Teachers.encode` for all views of all images; see `hetkd.Distiller.cache_teacher`."""
+    """Record `Teachers.encode` for all views of all images; see `hetkd.Distiller.cache_teacher`.
+
+    Of several processes the first one does it, and the others wait.
+    """
+    if int(os.environ.get("RANK", "0")):
+        while not is_complete(path):
+            time.sleep(1)
+        return
     shapes = _target_shapes(teachers, dataset, batch_size)
     dtype = record_dtype(shapes, top_k)
     facts = {"views": views, "top_k": top_k, "shapes": shapes, "seed": dataset.seed}

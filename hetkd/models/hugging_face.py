@@ -1,5 +1,6 @@
 """What Hugging Face's configurations tell: names of classes, and settings of image processors."""
 
+import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -23,6 +24,12 @@ def image_processor_settings(config: Any) -> dict[str, Any]:
                 config._name_or_path, local_files_only=True, trust_remote_code=False
             )
             return dict(processor.to_dict())
+        warnings.warn(
+            f"{config._name_or_path} has no image processor at hand: its type's default normalisation is used. If it "
+            "is another one, set model.input_settings = {'mean': ..., 'std': ..., 'size': ...}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if type(config) not in IMAGE_PROCESSOR_MAPPING:
         return {}
     entry = IMAGE_PROCESSOR_MAPPING[type(config)]

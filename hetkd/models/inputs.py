@@ -1,7 +1,7 @@
 """What images each model wants, and the transform that gives them to it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class InputSpec:
         interpolation: How images are resized: ``"bilinear"`` or ``"bicubic"``, antialiased.
         crop_ratio: For evaluation, the side of the central crop over the short side of the image; ``None``: the whole
             image is resized, whatever its aspect ratio.
+        source: Where these settings come from, in words.
         reversed_channels: Whether the model takes the normalised channels in reverse order, as BGR.
     """
 
@@ -37,6 +38,7 @@ class InputSpec:
     interpolation: str = "bilinear"
     crop_ratio: float | None = 0.875
     reversed_channels: bool = False
+    source: str = field(default="", compare=False)
 
 
 def input_spec(model: nn.Module, channels: int | None = None) -> InputSpec:
@@ -50,7 +52,7 @@ def input_spec(model: nn.Module, channels: int | None = None) -> InputSpec:
         model: The model.
         channels: Of the images, where it is known; otherwise it is read off the model.
     """
-    settings, size = _preprocessing(model)
+    settings, size, source = _preprocessing(model)
     channels = channels or _first_channels(model)
     mean, std = settings.get("mean") or IMAGENET_MEAN, settings.get("std") or IMAGENET_STD
     interpolation = "bicubic" if settings.get("interpolation") in _BICUBIC else "bilinear"
@@ -62,6 +64,7 @@ def input_spec(model: nn.Module, channels: int | None = None) -> InputSpec:
         interpolation,
         crop_ratio,
         settings.get("reversed_channels", False),
+        source,
     )
 
 
@@ -75,15 +78,24 @@ _BICUBIC = (
 Settings = dict[str, Any]
 
 
-def _preprocessing(model: Any) -> tuple[Settings, int | Sequence[int]]:
-    """Return a model's preprocessing in the words of `InputSpec`, and its input size."""
+def _preprocessing(model: Any) -> tuple[Settings, int | Sequence[int], str]:
+    """Return a model's preprocessing in the words of `InputSpec`, its input size, and where both come from."""
+    settings: Settings = getattr(model, "input_settings", {})  # of hetkd.load_model("torchvision:..."), or the user's
+    if settings:
+        size: Any = settings.get("size") or getattr(model, "image_size", None) or 224
+        return settings, size, settings.get("source", "its input_settings")
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
-        return _of_timm(model)
+        return *_of_timm(model), "timm's configuration"
     if hasattr(getattr(model, "config", None), "model_type"):
-        return _of_hugging_face(model.config)
-    settings: Settings = getattr(model, "input_settings", {})  # of hetkd.load_model("torchvision:...")
-    size: Any = getattr(model, "image_size", None) or settings.get("size", 224)
-    return settings, size
+        return *_of_hugging_face(model.config), "its image processor"
+    inner = [child for child in model.children() if isinstance(getattr(child, "pretrained_cfg", None), dict)]
+    inner += [child for child in model.children() if hasattr(getattr(child, "config", None), "model_type")]
+    if len(inner) == 1:
+        settings, size, source = _preprocessing(inner[0])
+        if any(type(child).__name__ == "Normalize" for child in model.children()):
+            return {**settings, "mean": (0.0,), "std": (1.0,)}, size, f"{source}, normalised by itself"
+        return settings, size, f"{source}, of the model inside"
+    return {}, getattr(model, "image_size", None) or 224, "ImageNet's convention"
 
 
 def _of_timm(model: Any) -> tuple[Settings, Sequence[int]]:

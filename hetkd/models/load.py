@@ -136,6 +136,7 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
         "std": preset.std,
         "interpolation": preset.interpolation.value,
         "crop_ratio": crop / resized,
+        "source": "torchvision's preset",
     }
     if not pretrained:
         classes = {} if num_classes is None else {"num_classes": num_classes}
@@ -209,7 +210,7 @@ def _fetched(name: str, from_network: bool, build: Callable[[], Any]) -> Any:
             "transformers and pass the module."
         ) from error
     except (OSError, RuntimeError) as error:
-        if not from_network:
+        if not from_network or "state_dict" in str(error):
             raise
         file = f"hetkd.load_model({name!r}, weights='FILE.safetensors')"
         otherwise = "a directory of save_pretrained ('hf:DIRECTORY')" if name.startswith("hf:") else file

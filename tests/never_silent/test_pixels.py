@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 from training_runs import QUIET
+from transformers_models import HUGGING_FACE, hugging_face
 
 from hetkd import Distiller
 from hetkd.data.folders import ImageFiles, open_folder
@@ -183,3 +184,45 @@ class Quantised(nn.Module):
 def test_a_quantised_teacher_gets_float_images():
     distiller = Distiller(Quantised(), tiny_cnn(), "kd", input_size=32)
     assert distiller(torch.rand(2, 3, 32, 32), torch.arange(2)).teacher_logits.isfinite().all()
+
+
+def test_the_plan_tells_inputs_and_where_they_come_from():
+    plan = str(Distiller(tiny_vit(), tiny_cnn(), "kd", input_size=32).plan)
+    assert "teacher: 32 x 32 pixels, mean 0.500 0.500 0.500, std 0.500 0.500 0.500 (timm's configuration)" in plan
+    assert "student: 32 x 32 pixels" in plan
+
+
+class Around(nn.Module):
+    """A module of one's own around a model of timm."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.inner = first, tiny_vit()
+
+    def forward(self, x):
+        return self.inner(self.first(x))
+
+
+class Normalize(nn.Module):
+    def forward(self, x):
+        return (x - 0.5) / 0.5
+
+
+@pytest.mark.parametrize(("first", "mean"), [(nn.Identity(), 0.5), (Normalize(), 0.0)])
+def test_a_module_around_a_model_takes_its_settings(first, mean):
+    spec = Distiller(Around(first), tiny_cnn(), "kd", input_size=32).taps["teacher"].spec
+    assert spec.mean == (mean,) * 3
+    assert "timm" in spec.source
+
+
+def test_ones_own_module_can_be_told_its_normalisation():
+    model = Quantised()
+    model.input_settings = {"mean": (0.1, 0.2, 0.3), "std": (0.9, 0.9, 0.9), "size": 48}
+    spec = Distiller(model, tiny_cnn(), "kd").taps["teacher"].spec
+    assert (spec.mean, spec.std, spec.size) == ((0.1, 0.2, 0.3), (0.9, 0.9, 0.9), (48, 48))
+
+
+def test_a_hugging_face_model_without_its_processor_is_a_warning(tmp_path):
+    hugging_face("vit", HUGGING_FACE[0][1]).save_pretrained(tmp_path / "vit")
+    with pytest.warns(RuntimeWarning, match="has no image processor at hand"):
+        Distiller(f"hf:{tmp_path / 'vit'}", tiny_cnn(num_classes=5), "kd")

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from conftest import tiny_cnn, tiny_norm_free, tiny_vit
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from hetkd import Distiller
 from hetkd.training import TrainingDiverged, setup
@@ -215,6 +216,51 @@ def with_deepspeed(out: Path) -> None:
     torch.save({"ddp": ddp, "deepspeed": deepspeed}, out.with_name(f"{out.stem}-{os.environ['RANK']}.pt"))
 
 
+class Seen:
+    """An augmentation that notes which images a process trains on; they are constant."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.values += (images[:, 0, 0, 0] * 1000).round().int().tolist()
+        return images
+
+    def __repr__(self) -> str:
+        return "Seen()"
+
+
+class OwnOrder(RandomSampler):
+    """A RandomSampler by inheritance only."""
+
+    def __iter__(self):
+        return iter(reversed(range(len(self.data_source))))
+
+
+def sampled() -> dict:
+    """Returns the images that each process trained on, and the accuracy on a shuffled subset, by sampler."""
+    images = (torch.arange(48) / 1000)[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
+    labels = torch.arange(48) % 10
+    found = {}
+    for name in ("subset", "subset with a generator", "own", "weighted"):
+        dataset = TensorDataset(images, labels)
+        sampler = {
+            "subset": lambda: SubsetRandomSampler(range(48)),
+            "subset with a generator": lambda: SubsetRandomSampler(
+                range(48), generator=torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
+            ),
+            "own": lambda dataset=dataset: OwnOrder(dataset),
+            "weighted": lambda: WeightedRandomSampler(torch.ones(48), 48, replacement=False),
+        }[name]()
+        seen, distiller = Seen(), Distiller(None, tiny_norm_free(), "ce", input_size=32)
+        loader = DataLoader(dataset, batch_size=4, sampler=sampler)
+        val = DataLoader(dataset, batch_size=4, sampler=SubsetRandomSampler(range(0, 48, 2)))
+        result = distiller.fit(loader, val, epochs=1, augment=seen, cpu=True, progress=False)
+        expected = distiller.evaluate((images[::2], labels[::2]))
+        found[name] = {"seen": seen.values, "found": result.history[0]["loss"], "expected": expected["loss"]}
+    return found
+
+
 def compiled() -> dict:
     """Returns what a run made whose models and method are compiled, as far as that goes without a C++ compiler."""
     original = Distiller.compile
@@ -243,6 +289,7 @@ def main(out: Path) -> None:
             "batch norm": with_running_statistics(),
             "batch norm, averaged": with_running_statistics(ema=0.5),
             "skipping": skipping(),
+            "sampled": sampled(),
             "diverging": diverging(folder / "diverging"),
             "stopped": stopped(folder / "stopped"),
             "stopped, too": stopped(folder / "stopped-too", checkpoint_steps=1, log_every=100),

@@ -141,6 +141,14 @@ def test_unreadable_images_of_all_processes_count(one_and_two):
     assert first["skipping"]["unreadable_images"] == second["skipping"]["unreadable_images"] == 6
 
 
+@pytest.mark.parametrize("name", ["subset", "subset with a generator", "own", "weighted"])
+def test_every_image_of_any_sampler_comes_once(one_and_two, name):
+    _, both = one_and_two
+    first, second = (results["sampled"][name] for results in both)
+    assert sorted(first["seen"] + second["seen"]) == list(range(48))
+    assert first["found"] == second["found"] == pytest.approx(first["expected"], rel=1e-5)
+
+
 def test_a_process_that_dies_ends_the_run():
     done = run(2, "dies", 120)
     assert done.returncode != 0
