@@ -196,7 +196,7 @@ def make_loader(
         shuffle=train,
         drop_last=drop_last,
         num_workers=num_workers,
-        pin_memory=isinstance(data, (str, Path)) and torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and not isinstance(dataset, TensorImages),
         collate_fn=_as_it_is if isinstance(dataset, TensorImages) else None,
     )
 

@@ -119,7 +119,8 @@ def prepare(
         distillation.teachers.to(accelerator.device)
     model, wrapped = accelerator.prepare(distillation, optimizer)
     if accelerator.is_fsdp2:
-        register_fsdp_forward_method(model, "predict")
+        for method in ("predict", "predict_checked"):
+            register_fsdp_forward_method(model, method)
     return model, wrapped
 
 

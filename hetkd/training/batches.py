@@ -19,7 +19,7 @@ from hetkd.distillation import Distillation
 from hetkd.models.inputs import check_labels
 from hetkd.training.options import TrainingOptions
 from hetkd.training.sampling import set_epoch, with_drawn_samples
-from hetkd.training.signals import QuietWorker
+from hetkd.training.signals import QuietWorker, quietly
 
 
 class Batch(NamedTuple):
@@ -132,7 +132,7 @@ class Batches:
             last = batch
 
     def _on_device(self, order: int, skip: int) -> Iterator[Batch]:
-        for batch in self._loaded(order, skip):
+        for batch in quietly(self._loaded(order, skip)):
             targets = None
             if self.cache is not None:
                 images, labels, records = batch

@@ -16,6 +16,7 @@ from hetkd.data.seeding import generators_kept
 from hetkd.distillation import Distillation
 from hetkd.features.hooks import eval_mode
 from hetkd.models.inputs import check_images, check_labels
+from hetkd.training.signals import quietly
 
 _LOOKED_AT = 64
 WITHOUT_LABELS = "val has images without labels, which say nothing of accuracy: leave val out."
@@ -102,7 +103,7 @@ def measure(
     autocast = nullcontext() if accelerator is None else accelerator.autocast()
     seen = 0
     with eval_mode(model), torch.inference_mode(), autocast:
-        for batch in loader:
+        for batch in quietly(loader):
             images, labels = _checked(distillation, batch, first=seen == 0)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             logits = distillation.predict_checked(images, model).float()

@@ -39,10 +39,9 @@ def set_up(
     from timm.utils import ModelEmaV3
 
     whole = distillation
-    student_notes = _prepare_student(whole, options)
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     train_loader = _train_loader(whole, train, options, cache)
-    notes = student_notes + name_classes(whole, getattr(train_loader, "dataset", None))
+    notes = _prepare_student(whole, options) + name_classes(whole, getattr(train_loader, "dataset", None))
     val_loader = None
     if val is not None:
         val_loader = eval_loader(whole, val, 2 * options.batch_size, options.num_workers, options.keys, notes)
@@ -56,14 +55,11 @@ def set_up(
         distillation = copy_for_sharding(whole)
     optimizer = _make_optimizer(distillation, options, accelerator)
     model, optimizer = prepare(distillation, optimizer, accelerator, options, batches.size)
-    if cache is None:
-        notes += teachers_accuracy(whole, getattr(train_loader, "dataset", None))
+    notes += teachers_accuracy(whole, getattr(train_loader, "dataset", None)) if cache is None else []
     if options.compile:
         distillation.compile()
     notes.insert(0, _said_at_the_start(batches, epochs, accelerator))
-    keeps_checkpoints = folder is not None
     if folder is not None and uses_deepspeed(accelerator):
-        keeps_checkpoints = False
         notes.append("DeepSpeed: students are saved after each epoch, but no checkpoint to resume from.")
     if val_loader is not None:
         look_at_validation(whole, val_loader)
@@ -81,7 +77,7 @@ def set_up(
         folder=folder,
         options=options,
         epochs=epochs,
-        keeps_checkpoints=keeps_checkpoints,
+        keeps_checkpoints=folder is not None and not uses_deepspeed(accelerator),
         fingerprints={} if folder is None else _fingerprints(train_loader, whole, notes),
         notes=notes,
         kept_in_eval=_kept_in_eval(distillation.student),

@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -39,8 +40,36 @@ class QuietWorker:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _end_later)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
         if self.then is not None:
             self.then(worker)
+
+
+def quietly(loader: Iterable[Any]) -> Iterator[Any]:
+    """Iterate a loader; signals wait while its loading processes start, which would die of them."""
+    iterator, end = iter(loader), object()
+    with _waiting_signals() if isinstance(getattr(loader, "worker_init_fn", None), QuietWorker) else nullcontext():
+        first = next(iterator, end)
+    if first is not end:
+        yield first
+        yield from iterator
+
+
+@contextmanager
+def _waiting_signals() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _numbers() -> set[int]:
+    return {int(getattr(signal, name)) for name in SIGNALS if hasattr(signal, name)}
 
 
 def _end_later(number: int, frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from hetkd import Distiller
+from hetkd.data.samples import Keys
 from hetkd.training import TrainingDiverged, setup
 from hetkd.training.accelerator import make_accelerator
 from hetkd.training.evaluate import eval_loader, measure
@@ -63,7 +64,9 @@ def evaluation(accelerator: Accelerator) -> dict[str, float]:
     """Returns the metrics on 21 images, which no number of processes but 1, 3, 7 and 21 divides."""
     distiller = make("kd", {})
     images, labels = data(21)
-    loader = accelerator.prepare_data_loader(eval_loader(distiller, (images, labels), 4, 0), device_placement=False)
+    loader = accelerator.prepare_data_loader(
+        eval_loader(distiller, (images, labels), 4, 0, Keys(), []), device_placement=False
+    )
     return measure(distiller, distiller.student, loader, accelerator.device, accelerator)
 
 
