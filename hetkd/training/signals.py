@@ -1,5 +1,6 @@
 """Signals that ask a run to save itself: clusters send one before they kill."""
 
+import os
 import signal
 import threading
 import time
@@ -18,14 +19,10 @@ _ONE_KEYSTROKE = 1.0
 """Seconds within which a second SIGINT is the first one, passed on by a launcher."""
 
 
-_LAST_RESORT = 60
-"""Seconds after SIGTERM after which a loading process ends, though the run has not ended it."""
-
-
 class QuietWorker:
     """Starts a loading process that leaves signals to the run, which still needs its batches for a checkpoint.
 
-    Clusters send signals to all processes of a job at once.
+    Clusters send signals to all processes of a job at once. A loading process heeds only the run's own SIGTERM.
 
     Args:
         then: The loader's own ``worker_init_fn``.
@@ -36,14 +33,17 @@ class QuietWorker:
 
     def __call__(self, worker: int) -> None:
         """Start loading process ``worker``."""
-        for name in SIGNALS:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _end_later)
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())
+        if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
+            threading.Thread(target=_heed_the_run, daemon=True).start()
         if self.then is not None:
             self.then(worker)
+
+
+def _heed_the_run() -> None:
+    while signal.sigwaitinfo(_numbers()).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def quietly(loader: Iterable[Any]) -> Iterator[Any]:
@@ -70,11 +70,6 @@ def _waiting_signals() -> Iterator[None]:
 
 def _numbers() -> set[int]:
     return {int(getattr(signal, name)) for name in SIGNALS if hasattr(signal, name)}
-
-
-def _end_later(number: int, frame: FrameType | None) -> None:
-    if hasattr(signal, "alarm"):
-        signal.alarm(_LAST_RESORT)
 
 
 class Signals:

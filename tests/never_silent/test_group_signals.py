@@ -1,13 +1,18 @@
 """Signals to a whole process group, as clusters send them."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from hetkd.training.signals import QuietWorker, quietly
 
 GROUP = """
 import sys, timm, torch
@@ -30,16 +35,42 @@ def test_a_signal_to_the_whole_group_ends_with_a_checkpoint(tmp_path, name):
         for index in range(8):
             Image.new("RGB", (32, 32), (20 * index, 0, 0)).save(tmp_path / "data" / label / f"{index}.png")
     command = [sys.executable, "-W", "ignore", "-c", GROUP, str(tmp_path)]
+    checkpoints = tmp_path / "run" / "checkpoints"
     run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 100
-    while not any((tmp_path / "run" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    before = max((tmp_path / "run" / "checkpoints").glob("step-*"))
-    os.killpg(run.pid, getattr(signal, name))
-    if name == "SIGUSR1":
-        time.sleep(3)
-        os.killpg(run.pid, signal.SIGTERM)
-    out = run.communicate(timeout=90)[0]
+    try:
+        deadline = time.monotonic() + 100
+        while not any(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        before = max(checkpoints.glob("step-*"))
+        os.killpg(run.pid, getattr(signal, name))
+        if name == "SIGUSR1":
+            time.sleep(3)
+            os.killpg(run.pid, signal.SIGTERM)
+        out = run.communicate(timeout=90)[0]
+    finally:
+        with suppress(ProcessLookupError):  # the group has ended
+            os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 128 + signal.SIGTERM, out[-2000:]
     assert "Traceback" not in out
-    assert max((tmp_path / "run" / "checkpoints").glob("step-*")) > before
+    assert max(checkpoints.glob("step-*")) > before
+
+
+class Stuck(Dataset):
+    """Its second image never comes."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        time.sleep(1000 * index)
+        return index
+
+
+@pytest.mark.slow
+def test_a_stuck_loading_process_ends_with_the_run():
+    batches = quietly(DataLoader(Stuck(), num_workers=1, worker_init_fn=QuietWorker(None)))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    batches.close()
+    worker.join(20)
+    assert worker.exitcode == 0
