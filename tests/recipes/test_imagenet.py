@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -13,7 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from running import RECIPES, run
+from running import RECIPES, finish, run
 
 from hetkd.data.images import image_transform
 from hetkd.models.inputs import InputSpec
@@ -43,11 +42,9 @@ IMAGENET = ("--teacher", "timm:test_vit", "--teacher-weights", "teacher.safetens
 
 def in_two_processes(script: str, *words: str, cwd: Path) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
+    done = finish(
         [*command, str(RECIPES / script), *words],
-        capture_output=True,
-        text=True,
-        timeout=200,
+        200,
         cwd=cwd,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import CASES
+from running import finish
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -19,12 +20,10 @@ def run(processes: int, argument: str, timeout: float) -> subprocess.CompletedPr
         1: ["accelerate.commands.launch", "--cpu", "--num_processes=1"],
         2: ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     }
-    return subprocess.run(
+    return finish(
         [sys.executable, "-m", *launchers[processes], str(HERE / "distributed_worker.py"), argument],
+        timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path[1:]])},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
     )
 
 
@@ -163,7 +162,7 @@ atexit.register(lambda: print("still there:", dist.is_initialized()))  # the fir
 import hetkd.training.accelerator
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = finish([sys.executable, "-c", code], 100)
     assert done.stdout == "still there: False\n", done.stderr
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import kornia.augmentation as K
@@ -12,6 +11,7 @@ import timm
 import timm.optim
 import torch
 from conftest import REPOSITORY, batch
+from running import finish
 from training_runs import QUIET, bright_or_dark, make
 
 from hetkd import load_model
@@ -135,11 +135,9 @@ def test_last_student_survives_a_half_written_file(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
-    out = subprocess.run(
+    out = finish(
         [sys.executable, "-W", "ignore", str(REPOSITORY / "recipes" / "research" / "torture.py"), "--kills", "20"],
-        capture_output=True,
-        text=True,
-        timeout=280,
+        280,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert out.returncode == 0, out.stderr[-3000:]
