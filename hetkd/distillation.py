@@ -173,7 +173,7 @@ class Distillation(nn.Module):
 
     @property
     def taps(self) -> dict[str, Tap]:
-        """How ``"teacher"`` (if the method has one) and ``"student"`` are run: adapter, stages, input transform.
+        """Adapter, stages and input transform of ``"student"`` and, if the method has one, ``"teacher"``.
 
         Several teachers are ``"teacher0"``, ``"teacher1"`` and so on.
         """

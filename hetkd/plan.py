@@ -29,7 +29,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a distiller matches with what; ``print(plan)`` shows a table.
+    """The stage pairs and losses of a distiller; ``print(plan)`` shows a table.
 
     Attributes:
         title: Teacher, student, method.

@@ -128,7 +128,7 @@ class Cifar100(Dataset[tuple[Tensor, int]]):
 
 
 def main() -> None:
-    """Fine-tunes a teacher, or distils one pair, or hands over to `compare.py`."""
+    """Fine-tune a teacher, distil one pair, or hand over to `compare.py`."""
     arguments = parse_arguments()
     if arguments.small:
         script = Path(__file__).with_name("compare.py")
@@ -142,7 +142,7 @@ def main() -> None:
 
 
 def finetune(arguments: argparse.Namespace) -> None:
-    """Fine-tunes a teacher from ImageNet weights, and saves it."""
+    """Fine-tune a teacher from ImageNet weights, and save it."""
     model = build_teacher(arguments.finetune, pretrained=True)
     distiller = Distiller(None, model, "ce", input_size=PIXELS, normalized=(MEAN, STD))
     result = fit(distiller, arguments, FINETUNING, OTHER_AUGMENTATION, arguments.output / arguments.finetune)
@@ -153,7 +153,7 @@ def finetune(arguments: argparse.Namespace) -> None:
 
 
 def distil(arguments: argparse.Namespace) -> None:
-    """Distils one pair by one method under the literature's protocol."""
+    """Distil one pair by one method under the literature's protocol."""
     teacher_name, student_name = arguments.pair.split(":")
     torch.manual_seed(arguments.seed)
     student = build_student(student_name)
@@ -185,7 +185,7 @@ def fit(
     augmentation: dict[str, Any],
     folder: Path,
 ) -> FitResult:
-    """Trains under a protocol; stopped and started again, it goes on."""
+    """Train under a protocol; stopped and started again, it goes on."""
     with PartialState().main_process_first():  # which may download
         train, test = cifar100_split("train"), cifar100_split("test")
     few = slice(None, None, max(1, len(train[1]) // arguments.images)) if arguments.images else slice(None)
@@ -206,7 +206,7 @@ def fit(
 
 
 def build_teacher(name: str, *, pretrained: bool) -> nn.Module:
-    """Builds a teacher by its short name, normalising as CIFAR-100's literature does."""
+    """Build a teacher by its short name, normalising as CIFAR-100's literature does."""
     overlay = {"mean": MEAN, "std": STD}
     return load_model(
         f"timm:{TEACHERS[name]}", pretrained=pretrained, num_classes=CLASSES, pretrained_cfg_overlay=overlay
@@ -214,7 +214,7 @@ def build_teacher(name: str, *, pretrained: bool) -> nn.Module:
 
 
 def build_student(name: str) -> nn.Module:
-    """Builds a student by its short name, without weights."""
+    """Build a student by its short name, without weights."""
     overlay = {"mean": MEAN, "std": STD}
     if name == "swin_p":
         model = SwinTransformer(
@@ -227,12 +227,12 @@ def build_student(name: str) -> nn.Module:
 
 
 def teacher_weights(arguments: argparse.Namespace, name: str) -> Path:
-    """Returns where a fine-tuned teacher's weights are."""
+    """Return where a fine-tuned teacher's weights are."""
     return Path(arguments.teacher_weights or arguments.output / f"{name}.safetensors")
 
 
 def small_words(arguments: argparse.Namespace) -> list[str]:
-    """Returns the arguments of `compare.py` for the small protocol."""
+    """Return the arguments of `compare.py` for the small protocol."""
     pair = ":".join(SMALL[name] for name in arguments.pair.split(":"))
     epochs, teacher_epochs = (str(arguments.epochs or default) for default in (6, 8))
     return [
@@ -244,7 +244,7 @@ def small_words(arguments: argparse.Namespace) -> list[str]:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line, or ``words``."""
+    """Read the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pair", choices=PAIRS, default="swin_t:resnet18", metavar="PAIR", help=f"of {', '.join(PAIRS)}"

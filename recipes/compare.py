@@ -37,7 +37,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main(words: list[str] | None = None) -> None:
-    """Runs what is not there yet, and writes table and picture; ``words`` stand for the command line."""
+    """Run what is not there yet, and write table and picture; ``words`` stand for the command line."""
     arguments = parse_arguments(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -91,7 +91,7 @@ class Teacher:
 
 
 def load_data(name: str, pixels: int) -> ImageData:
-    """Loads a data set; ``fashion`` is the part of Fashion-MNIST beside this script, or all of it."""
+    """Load a data set; ``fashion`` is the part of Fashion-MNIST beside this script, or all of it."""
     if name != "fashion":
         return load_images(name, pixels)
     if not (ASSETS / "fashion_mnist").is_dir():
@@ -101,12 +101,12 @@ def load_data(name: str, pixels: int) -> ImageData:
 
 
 def augmentation(data: ImageData) -> Any:
-    """Returns a shift and a flip for colour images, a flip for grey ones."""
+    """Return a shift and a flip for colour images, a flip for grey ones."""
     return "light" if data.channels == 3 else K.RandomHorizontalFlip(p=0.5)
 
 
 def protocol_of(arguments: argparse.Namespace, data: ImageData) -> dict[str, Any]:
-    """Returns what all runs have in common."""
+    """Return what all runs have in common."""
     return {
         "dataset": data.name,
         "data": data.digest[:16],
@@ -123,7 +123,7 @@ def protocol_of(arguments: argparse.Namespace, data: ImageData) -> dict[str, Any
 
 
 def check_what_is_asked(arguments: argparse.Namespace, data: ImageData, protocol: dict[str, Any]) -> None:
-    """Builds every student and method once, and checks the options, before anything is trained."""
+    """Build every student and method once, and check the options, before anything is trained."""
     TrainingOptions.from_mapping({name: protocol[name] for name in FIT_OPTIONS if name != "epochs"})
     for pair in arguments.pairs:
         teacher, student = pair.split(":")
@@ -134,7 +134,7 @@ def check_what_is_asked(arguments: argparse.Namespace, data: ImageData, protocol
 
 
 def check_protocol(rows: Sequence[Row], protocol: dict[str, Any], folder: Path) -> None:
-    """Keeps runs of different protocols out of one table."""
+    """Keep runs of different protocols out of one table."""
     for row in rows[:1]:
         before = row["protocol"]
         changed = {name: now for name, now in protocol.items() if before.get(name) != now}
@@ -146,7 +146,7 @@ def check_protocol(rows: Sequence[Row], protocol: dict[str, Any], folder: Path) 
 
 
 def check_teachers(rows: Sequence[Row], teachers: dict[str, Teacher], folder: Path) -> None:
-    """Keeps runs under different teachers of one name out of one table."""
+    """Keep runs under different teachers of one name out of one table."""
     for row in rows:
         name = row["teacher"]["name"]
         if name in teachers and teachers[name].facts["sha256"] != row["teacher"]["sha256"]:
@@ -154,7 +154,7 @@ def check_teachers(rows: Sequence[Row], teachers: dict[str, Teacher], folder: Pa
 
 
 def make_teacher(name: str, data: ImageData, arguments: argparse.Namespace) -> Teacher:
-    """Loads a teacher; it is trained here if there are no weights."""
+    """Load a teacher; it is trained here if there are no weights."""
     file = f"{data.name.replace('/', '_').replace(':', '_')}-{data.digest[:8]}-{data.pixels}px-{name}.safetensors"
     path = (arguments.teachers or arguments.output / "teachers") / file
     own = ASSETS / "vit_fashion_mnist.safetensors"
@@ -173,7 +173,7 @@ def make_teacher(name: str, data: ImageData, arguments: argparse.Namespace) -> T
 
 
 def train_teacher(name: str, data: ImageData, path: Path, epochs: int) -> None:
-    """Trains a teacher on the labels, as `train_teacher.py` does; stopped and started again, it goes on."""
+    """Train a teacher on the labels, as `train_teacher.py` does; stopped and started again, it goes on."""
     torch.manual_seed(0)
     model, size = build_small(name, data.pixels, data.classes, data.channels)
     Distiller(None, model.to(memory_format=torch.channels_last), "ce", input_size=size).fit(
@@ -199,7 +199,7 @@ def run(
     protocol: dict[str, Any],
     folder: Path,
 ) -> Row:
-    """Trains one student and returns its line of results."""
+    """Train one student and return its line of results."""
     torch.manual_seed(seed)  # the same initial student for every method
     student, size = build_small(pair[1], protocol["student_pixels"], data.classes, data.channels)
     names = method.split("+")
@@ -225,7 +225,7 @@ def run(
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line, or ``words``."""
+    """Read the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="fashion", help="fashion, fashion-mnist, cifar100, hf:NAME or a folder")
     parser.add_argument("--pairs", nargs="+", default=["vit:mobilenetv3_small_050"], metavar="TEACHER:STUDENT")

@@ -27,7 +27,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Distils, evaluates, packs, and uploads if asked to."""
+    """Distil, evaluate, pack, and upload if asked to."""
     arguments = parse_arguments()
     try:
         train, val, names = load_splits(arguments.dataset)
@@ -63,13 +63,13 @@ def main() -> None:
 
 
 def teacher_classes(teacher: Any) -> int | None:
-    """Returns the classes of a Hugging Face model, or ``None`` of one without a classifier."""
+    """Return the classes of a Hugging Face model, or ``None`` of one without a classifier."""
     has_classifier = "ForImageClassification" in type(teacher).__name__
     return int(teacher.config.num_labels) if has_classifier else None
 
 
 def pack(distiller: Distiller, result: FitResult, names: list[str], arguments: argparse.Namespace) -> None:
-    """Writes the folder that timm and the hub take, and uploads it if asked to."""
+    """Write the folder that timm and the hub take, and upload it if asked to."""
     folder = arguments.output / "model"
     student: nn.Module = distiller.student.cpu().eval()
     save_for_hf(student, folder, model_config={"label_names": names}, safe_serialization=True)
@@ -87,7 +87,7 @@ def pack(distiller: Distiller, result: FitResult, names: list[str], arguments: a
 
 
 def model_card(distiller: Distiller, result: FitResult, names: list[str], arguments: argparse.Namespace) -> str:
-    """Returns what a person who finds the model needs to know."""
+    """Return what a person who finds the model needs to know."""
     last, size = result.history[-1], distiller.taps["student"].size
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return f"""---
@@ -111,7 +111,7 @@ library_name: timm
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line, or ``words``."""
+    """Read the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, metavar="NAME", help="on the hub, or a folder of save_pretrained")
     parser.add_argument("--student", default="mobilenetv3_large_100", help="a timm model")

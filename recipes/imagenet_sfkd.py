@@ -61,7 +61,7 @@ OTHER_PROTOCOL: dict[str, Any] = {
 
 
 def main() -> None:
-    """Trains, or tells what a training would be."""
+    """Train, or tell what a training would be."""
     arguments = parse_arguments()
     streams = open_streams(arguments.data) if arguments.stream else {}
     train, val, names = (None, None, []) if streams else load_splits(arguments.data)
@@ -100,7 +100,7 @@ def main() -> None:
 def loaders(
     streams: dict[str, Any], distiller: Distiller, batch_size: int, arguments: argparse.Namespace
 ) -> tuple[TrainingStream, StreamLoader]:
-    """Returns loaders of both streams, with the transforms that `fit` gives to folders."""
+    """Return loaders of both streams, with the transforms that `fit` gives to folders."""
     inputs = distiller.student_inputs
     return (
         TrainingStream(
@@ -121,7 +121,7 @@ def loaders(
 
 
 def protocol_of(distiller: Distiller, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of `fit`: the protocol of the student's family, with what the command line changes."""
+    """Return the options of `fit`: the protocol of the student's family, with what the command line changes."""
     is_cnn = distiller.taps["student"].adapter.family == "CNN"
     protocol = dict(CNN_PROTOCOL if is_cnn else OTHER_PROTOCOL)
     protocol["augment"] = None if is_cnn else device_augmentation()
@@ -134,14 +134,14 @@ def protocol_of(distiller: Distiller, arguments: argparse.Namespace) -> dict[str
 
 
 def device_augmentation() -> nn.Module:
-    """Returns the augmentation of ViT and MLP students beside crops and flips, for batches on the device."""
+    """Return the augmentation of ViT and MLP students beside crops and flips, for batches on the device."""
     return K.AugmentationSequential(
         K.auto.RandAugment(n=2, m=9), K.ColorJitter(0.4, 0.4, 0.4, p=1.0), K.RandomErasing(p=0.25), data_keys=["input"]
     )
 
 
 def tell(distiller: Distiller, protocol: dict[str, Any], images: int) -> None:
-    """Prints what a training would be, from a few steps on made-up images."""
+    """Print what a training would be, from a few steps on made-up images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distiller.to(device).train()
     batch, processes = protocol["batch_size"], PartialState().num_processes
@@ -173,14 +173,14 @@ def tell(distiller: Distiller, protocol: dict[str, Any], images: int) -> None:
 
 
 def count_images(train: Any) -> int:
-    """Returns the number of training images."""
+    """Return the number of training images."""
     if isinstance(train, str):
         return sum(1 for path in Path(train).glob("*/*") if path.is_file())
     return len(train)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line, or ``words``."""
+    """Read the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder with train/ and val/, hf:NAME, or wds:FOLDER")
     parser.add_argument("--stream", action="store_true", help="read hf:NAME as it comes, without a download first")

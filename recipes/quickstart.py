@@ -41,7 +41,7 @@ Data = tuple[Tensor, Tensor]
 
 
 def main() -> None:
-    """Trains, compares, saves, loads again."""
+    """Train, compare, save, load again."""
     arguments = parse_arguments()
     start = time.perf_counter()
     data, output = load_data(), arguments.output
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="sfkd", choices=list_methods(), help="method of the student that is saved")
     parser.add_argument("--student", default="mobilenetv3_small_050", help="any timm model that takes one channel")
@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_data() -> ImageData:
-    """Returns the images beside this script, or as many of the whole set."""
+    """Return the images beside this script, or as many of the whole set."""
     if (ASSETS / "fashion_mnist").is_dir():
         return load_images(str(ASSETS / "fashion_mnist"))
     whole = load_images("fashion-mnist")
@@ -102,7 +102,7 @@ def load_data() -> ImageData:
 
 
 def make_teacher(data: ImageData, epochs: int) -> nn.Module:
-    """Returns the teacher beside this script, or trains one on the whole set."""
+    """Return the teacher beside this script, or train one on the whole set."""
     teacher, size = build_small("vit", data.pixels, CLASSES, data.channels)
     weights = ASSETS / "vit_fashion_mnist.safetensors"
     if weights.exists():
@@ -116,14 +116,14 @@ def make_teacher(data: ImageData, epochs: int) -> nn.Module:
 
 
 def make_distiller(teacher: nn.Module, student: str, method: str, seed: int) -> Distiller:
-    """Builds the same student, with the same initial weights, for every method."""
+    """Build the same student, with the same initial weights, for every method."""
     torch.manual_seed(seed)
     model = load_model(student, pretrained=False, num_classes=CLASSES, in_chans=1)
     return Distiller(teacher, model, method, input_size=PIXELS)
 
 
 def train_student(distiller: Distiller, train: Data, test: Data, epochs: int, seed: int) -> list[float]:
-    """Trains under the one budget of this recipe and returns the test accuracy after each epoch."""
+    """Train under the one budget of this recipe and return the test accuracy after each epoch."""
     result = distiller.fit(
         train,
         test,
@@ -138,17 +138,17 @@ def train_student(distiller: Distiller, train: Data, test: Data, epochs: int, se
 
 
 def label(method: str) -> str:
-    """Returns a method's name in the table."""
+    """Return a method's name in the table."""
     return COMPARED.get(method, method)
 
 
 def evaluate_teacher(teacher: nn.Module, test: Data) -> float:
-    """Returns the teacher's accuracy on the same test images."""
+    """Return the teacher's accuracy on the same test images."""
     return Distiller(None, teacher, method="ce").evaluate(test)["top1"]
 
 
 def print_accuracies(runs: dict[str, list[list[float]]], teacher: float) -> None:
-    """Prints accuracy after the last epoch, and the gain over the student alone, paired by seed."""
+    """Print accuracy after the last epoch, and the gain over the student alone, paired by seed."""
     table = Table(title="\ntest top-1 after the last epoch, %", title_justify="left")
     for column in ("method", "mean", "spread", "gain over alone", "seeds"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -168,7 +168,7 @@ def print_accuracies(runs: dict[str, list[list[float]]], teacher: float) -> None
 
 
 def print_models(teacher: nn.Module, student: nn.Module) -> None:
-    """Prints sizes and speeds of both models."""
+    """Print sizes and speeds of both models."""
     table = Table(title="\nmodels", title_justify="left")
     for column in ("model", "parameters", "input", "images/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -179,7 +179,7 @@ def print_models(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def speed(model: nn.Module, pixels: int, batch: int = 128, repeats: int = 5) -> float:
-    """Returns images a second in inference on the CPU: the median of a few batches."""
+    """Return images a second in inference on the CPU: the median of a few batches."""
     images = torch.rand(batch, 1, pixels, pixels)
     model = model.cpu().eval()
     seconds = []
@@ -192,7 +192,7 @@ def speed(model: nn.Module, pixels: int, batch: int = 128, repeats: int = 5) -> 
 
 
 def draw_curves(curves: Mapping[str, Sequence[float]], title: str, y_label: str, path: Path) -> None:
-    """Draws one line a curve over epochs 1, 2, ... and writes a PNG.
+    """Draw one line a curve over epochs 1, 2, ... and write a PNG.
 
     Args:
         curves: Values by name, one an epoch.
@@ -240,7 +240,7 @@ def draw_curves(curves: Mapping[str, Sequence[float]], title: str, y_label: str,
 
 
 def accuracy_in_plain_timm(name: str, path: Path, test: Data) -> float:
-    """Evaluates the saved student with nothing but timm and torch, as a deployment would."""
+    """Evaluate the saved student with nothing but timm and torch, as a deployment would."""
     model = timm.create_model(name, num_classes=CLASSES, in_chans=1, checkpoint_path=str(path)).eval()
     mean, std = (statistics.mean(model.pretrained_cfg[key]) for key in ("mean", "std"))
     images = nn.functional.interpolate(

@@ -27,7 +27,7 @@ EVALUATED_IMAGES = 1_000  # after each epoch, evenly spread over the test images
 
 
 def main() -> None:
-    """Trains, evaluates, saves."""
+    """Train, evaluate, save."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_images(arguments.dataset, arguments.pixels or 64).first(arguments.images).to(device)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def teacher_path(folder: Path, data: ImageData, model: str, pixels: int | None = None) -> Path:
-    """Returns where the weights of a teacher are, by its data (name and digest), input size and architecture."""
+    """Return where the weights of a teacher are, by its data (name and digest), input size and architecture."""
     name = data.name.replace("/", "_").replace(":", "_")
     return folder / f"{name}-{data.digest[:8]}-{pixels or data.pixels}px-{model}.safetensors"
 
@@ -66,7 +66,7 @@ def train_teacher(
     taught_by: Path | None = None,
     **options: Any,
 ) -> float:
-    """Trains a model on labels, alone or with a teacher of its own, and saves it.
+    """Train a model on labels, alone or with a teacher of its own, and save it.
 
     Args:
         model: A short name of `hetkd.models.small`, or one of timm's.
@@ -123,7 +123,7 @@ def _make_distiller(model: nn.Module, size: int, data: ImageData, taught_by: Pat
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line, or ``words``."""
+    """Read the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="fashion-mnist", help="fashion-mnist, cifar100, hf:NAME or a folder")
     parser.add_argument("--model", default="convnext", help="a short name of hetkd.models.small, or one of timm's")

@@ -1,4 +1,4 @@
-"""What the families share: which models belong to one, and where models outside timm are tapped."""
+"""Base of the families: the models of each, and the taps of models outside timm."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hetkd_adapters.libraries import is_tappable_timm, library
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a model outside timm is tapped, and what comes out there.
+    """Tap of a model outside timm: its module and the layout of its output.
 
     Attributes:
         stages: Regular expression that the paths of the stage modules end with; ``None``: a dry run finds the stages
@@ -43,13 +43,13 @@ class FamilyAdapter(GenericAdapter):
     transformers: ClassVar[dict[str, Layout]] = {}
 
     def accepts(self, model: nn.Module) -> bool:
-        """Accepts models whose class or configuration is listed."""
+        """Accept models whose class or configuration is listed."""
         if library(model) == "timm":
             return is_tappable_timm(model) and any(base.__name__ in self.timm for base in type(model).__mro__)
         return self._listed(model) is not None
 
     def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
-        """Lists timm's features, the modules that the layout names, or what a dry run finds."""
+        """List timm's features, the modules that the layout names, or what a dry run finds."""
         layout = self._listed(model)
         if layout is None or layout.stages is None:
             return super().stage_names(model, images)
@@ -60,7 +60,7 @@ class FamilyAdapter(GenericAdapter):
         return [name for name in outputs.finished if not outputs.is_overwritten(name)]
 
     def to_map(self, output: Any, model: nn.Module, images: Tensor) -> Tensor:
-        """Drops prefix tokens and turns tokens and NHWC around."""
+        """Drop prefix tokens and turn tokens and NHWC around."""
         layout = self._listed(model)
         if layout is None or layout.stages is None:
             return super().to_map(output, model, images)

@@ -40,11 +40,11 @@ class GenericAdapter(HookAdapter):
     priority: ClassVar[int] = -100
 
     def accepts(self, model: nn.Module) -> bool:
-        """Accepts everything."""
+        """Accept everything."""
         return True
 
     def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
-        """Lists timm's features, or the blocks with spatial outputs, in the order in which they finish."""
+        """List timm's features, or the blocks with spatial outputs, in the order in which they finish."""
         if is_tappable_timm(model):
             return timm_stage_names(model, images)
         if _model_type(model) in _WITHOUT_SPATIAL_FEATURES:
@@ -67,7 +67,7 @@ class GenericAdapter(HookAdapter):
         return super().run(model, images, stages)
 
     def call(self, model: nn.Module, images: Tensor) -> Any:
-        """Calls the model; Hugging Face's are told to interpolate position embeddings for a size that is not theirs."""
+        """Call the model; Hugging Face's are told to interpolate position embeddings for a size that is not theirs."""
         config = getattr(model, "config", None)
         own = getattr(getattr(config, "vision_config", config), "image_size", None)
         own = (own, own) if isinstance(own, int) else own
@@ -109,7 +109,7 @@ def _has_aspect(grid: Sequence[int], aspect: float) -> bool:
 
 
 def _distinct(outputs: Outputs) -> list[str]:
-    """Names the modules whose outputs stayed as they were, and were not returned by a module inside them too."""
+    """Name the modules whose outputs stayed as they were, and were not returned by a module inside them too."""
     names: list[str] = []
     seen: list[Tensor] = []
     for name, output in outputs.finished.items():

@@ -68,7 +68,7 @@ class HybridAdapter(FamilyAdapter):
     }
 
     def accepts(self, model: nn.Module) -> bool:
-        """Accepts what is listed, and timm models with blocks of another kind inside."""
+        """Accept what is listed, and timm models with blocks of another kind inside."""
         if super().accepts(model):
             return True
         return is_tappable_timm(model) and any(type(m).__name__ in _ATTENTION_IN_CNNS for m in model.modules())

@@ -1,4 +1,4 @@
-"""Which library a model comes from, and how timm's models are tapped: by their own interface for features."""
+"""Name a model's library, and tap timm's models by their own feature interface."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def is_tappable_timm(model: nn.Module) -> bool:
 
 
 def timm_stage_names(model: Any, images: Tensor) -> list[str]:
-    """Lists timm's features and, where the map before pooling is none of them, the module that yields it.
+    """List timm's features and, where the map before pooling is none of them, the module that yields it.
 
     In EfficientNet and MobileNetV2, for example, a 1 x 1 convolution and a norm stand between the last block and
     pooling, in ResNetV2 a norm. Token and NHWC models end with their last block.

@@ -16,16 +16,16 @@ class Siglip2Adapter(HookAdapter):
     priority: ClassVar[int] = 1
 
     def accepts(self, model: nn.Module) -> bool:
-        """Accepts SigLIP 2's image classifier and its vision model."""
+        """Accept SigLIP 2's image classifier and its vision model."""
         model_type = getattr(getattr(model, "config", None), "model_type", "")
         return library(model) == "transformers" and model_type in ("siglip2", "siglip2_vision_model")
 
     def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
-        """Lists the layers of the vision encoder."""
+        """List the layers of the vision encoder."""
         return [path for path, _ in model.named_modules() if path.rpartition(".")[0].endswith("encoder.layers")]
 
     def call(self, model: nn.Module, images: Tensor) -> Any:
-        """Calls the model on patches, which it takes row by row with the channels last."""
+        """Call the model on patches, which it takes row by row with the channels last."""
         config: Any = model.config
         size = getattr(config, "vision_config", config).patch_size
         batch, height, width = len(images), images.shape[2] // size, images.shape[3] // size

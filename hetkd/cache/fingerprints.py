@@ -1,4 +1,4 @@
-"""What a cache was made of, and how that differs from what is here now."""
+"""Fingerprints of models, method and data: a cache is refused where they differ."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a data set or loader yields, taken apart: images and labels."""
+"""Images and labels out of the samples of a dataset or loader."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ _LABEL_KEYS = ("labels", "label", "fine_label", "class", "target", "cls")
 
 
 class Keys(NamedTuple):
-    """Where image and label are in a sample that is a dict; ``None``: they are found by name, else by type."""
+    """Keys of image and label in a sample that is a dict; ``None``: found by name, else by type."""
 
     image: str | None = None
     label: str | None = None

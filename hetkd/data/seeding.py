@@ -59,7 +59,7 @@ def sample_seed(seed: int | tuple[int, ...], epoch: int, index: int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the CPU generators while the context lasts; afterwards they are as they were."""
+    """Seed the CPU generators while the context lasts; afterwards they are as they were."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -94,7 +94,7 @@ class TrainingStream(StreamLoader):
         return self.steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that order and randomness depend on."""
+        """Set the epoch that order and randomness depend on."""
         self.samples.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:

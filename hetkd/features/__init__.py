@@ -1,4 +1,4 @@
-"""How any model becomes feature maps: the contract of adapters, and the parts to write one with.
+"""Feature maps of any model: the contract of adapters, and the parts to write one with.
 
 `adapters/README.md` shows how. Adapters import from here only.
 """

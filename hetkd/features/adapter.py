@@ -15,7 +15,7 @@ from hetkd.utils.checks import unknown_name
 
 @dataclass(frozen=True)
 class Features:
-    """What one forward pass of a model yields.
+    """Feature maps, logits and pooled features of one forward pass.
 
     Attributes:
         logits: ``[B, classes]``, or ``None`` for a model without a classifier.
@@ -84,7 +84,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
-        """Lists every place where ``model`` can be tapped, in order of depth.
+        """List every place where ``model`` can be tapped, in order of depth.
 
         Args:
             model: A model that this adapter accepts.

@@ -14,7 +14,7 @@ from hetkd.spectral.precision import constant_when_compiled, separable
 def tokens_to_map(
     tokens: Tensor, image_size: tuple[int, int], patch_size: int | tuple[int, int] | None = None
 ) -> Tensor:
-    """Lays a token sequence out as a feature map, without its prefix tokens.
+    """Arrange a token sequence as a feature map, without its prefix tokens.
 
     Class, register and distillation tokens stand before the patch tokens in every model that is tapped this way;
     whatever exceeds the patch grid is dropped from the front.
@@ -89,7 +89,7 @@ def _candidate_grids(
 
 
 def to_grid(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resamples feature maps to a grid: area-like when it shrinks, bilinear when it grows.
+    """Resample feature maps to a grid: area-like when it shrinks, bilinear when it grows.
 
     Args:
         x: ``[B, C, h, w]``.

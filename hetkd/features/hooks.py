@@ -34,7 +34,7 @@ class HookAdapter(Adapter):
         return tokens_to_map(tensor, (images.shape[-2], images.shape[-1])) if tensor.ndim == 3 else tensor
 
     def call(self, model: nn.Module, images: Tensor) -> Any:
-        """Calls ``model(images)``; override it for models that take anything else.
+        """Call ``model(images)``; override it for models that take anything else.
 
         Models compiled in place run uncompiled here, for compiled code does not see hooks that come and go.
         """
@@ -51,7 +51,7 @@ class HookAdapter(Adapter):
 
 
 class Outputs:
-    """What the tapped modules of a model returned in one forward pass, in the order in which they finished."""
+    """Outputs of the tapped modules in one forward pass, in the order in which they finished."""
 
     def __init__(self, model: nn.Module) -> None:
         self.finished: dict[str, Any] = {}
@@ -93,7 +93,7 @@ class Outputs:
         return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
     def keep_classifier_input(self, module: nn.Module, args: Any) -> None:
-        """Is a forward pre-hook that keeps the vectors that a classifier, or its part behind pooling, sees."""
+        """Record the classifier's input, or that of its part behind pooling (a forward pre-hook)."""
         x = args[0] if args else None
         if self.classifier_input is None and isinstance(x, Tensor) and x.ndim > 1 and x[0].numel() == x.shape[1]:
             self.classifier_input = x.flatten(1)
@@ -154,7 +154,7 @@ def output_logits(output: Any) -> Tensor | None:
 
 @contextmanager
 def both_classifiers(model: Any, *, enabled: bool) -> Iterator[None]:
-    """Lets both classifiers of a model with a distillation token answer in training while the context lasts.
+    """Let both classifiers of a model with a distillation token answer in training while the context lasts.
 
     timm's models have a flag ``distilled_training`` for it, which is also set on Hugging Face's.
     """

@@ -1,4 +1,4 @@
-"""Which teacher stage teaches which student stage."""
+"""Pairs of a teacher stage and the student stage that learns from it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ StageChoice = int | str | tuple[int | str, int | str]
 
 
 def choose_stages(stages: Sequence[Stage], count: int = STAGE_COUNT) -> list[Stage]:
-    """Picks up to ``count`` stages spread over a model's depth and its resolutions.
+    """Pick up to ``count`` stages spread over a model's depth and its resolutions.
 
     A hierarchical model gives the last stage at each of its ``count`` coarsest grids. A model with one or two grids
     gives more of each: stages at equal steps of depth, the last one included.
@@ -42,7 +42,7 @@ def choose_stages(stages: Sequence[Stage], count: int = STAGE_COUNT) -> list[Sta
 
 
 def pair_stages(teacher: Sequence[Stage], student: Sequence[Stage]) -> list[StagePair]:
-    """Pairs teacher and student stages automatically: as many as both have, last with last.
+    """Pair teacher and student stages automatically: as many as both have, last with last.
 
     Example:
         >>> grids = (56, 28, 14, 7)
@@ -62,7 +62,7 @@ def chosen_pairs(
     choices: Sequence[StageChoice],
     listed: tuple[Sequence[Stage], Sequence[Stage]],
 ) -> list[StagePair]:
-    """Resolves the user's ``stages``.
+    """Resolve the user's ``stages``.
 
     Args:
         teacher: All stages of the teacher.

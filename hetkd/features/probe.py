@@ -15,7 +15,7 @@ class NoSpatialFeatures(ValueError):
 
 
 class Probe(NamedTuple):
-    """What a run on a sample says of a model.
+    """Shapes and classes of a model, measured by a run on a sample.
 
     Attributes:
         stages: In order of depth.

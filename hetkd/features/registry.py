@@ -1,4 +1,4 @@
-"""Where adapters come from: the entry-point group ``hetkd.adapters``, and `register_adapter`."""
+"""Registry of adapters: the entry-point group ``hetkd.adapters``, and `register_adapter`."""
 
 import warnings
 from collections.abc import Callable

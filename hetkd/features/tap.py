@@ -47,7 +47,7 @@ class Tap:
         self.fingerprint: str | None = None  # of weights that are not all here
 
     def _dry_run(self) -> Probe:
-        """Finds the stages, and the channels of the images where the model's first layer does not tell."""
+        """Find the stages, and the channels of the images where the model's first layer does not tell."""
         refusals: list[Exception] = []
         for channels in dict.fromkeys((self.spec.channels, 3, 1)):
             try:
@@ -129,11 +129,11 @@ class Tap:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self._like().device
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Resizes and normalises raw images ``[B, C, H, W]``, in the dtype of the model."""
+        """Resize and normalise raw images ``[B, C, H, W]``, in the dtype of the model."""
         return self.inputs(images).to(self._like().dtype)
 
     def _like(self) -> Tensor:
@@ -146,7 +146,7 @@ class Tap:
         return self.run_prepared(self.prepare(images))
 
     def run_prepared(self, images: Tensor) -> Features:
-        """Does the same for what `prepare` returned."""
+        """Do the same for what `prepare` returned."""
         features = self.adapter.run(self.model, images, self._distinct)
         if len(features.maps) != len(self._distinct):
             raise RuntimeError(

@@ -95,7 +95,7 @@ class Memory(nn.Module):
         self.register_buffer("log_scale", torch.full((2,), math.nan))
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """Contrasts unit vectors ``[B, width]`` with batch and memory; in training mode it then remembers them."""
+        """Contrast unit vectors ``[B, width]`` with batch and memory; in training mode, then remember them."""
         own_keys = self._keys(labels, len(student), student.device)
         both = torch.stack([student, teacher], dim=1)
         with torch.no_grad():

@@ -122,7 +122,7 @@ class UHKD(StagewiseMethod):
     weight: Tensor
 
     def compress(self, spectrum: Tensor) -> Tensor:
-        """Compresses the amplitudes of a complex spectrum ``[..., 2]``; drops the phases unless they are compared."""
+        """Compress the amplitudes of a complex spectrum ``[..., 2]``; drop the phases unless they are compared."""
         if self.spectrum == "complex" and self.compression == "none":
             return spectrum
         size = amplitude(spectrum)
@@ -163,7 +163,7 @@ class FAM(nn.Module):
         return self.compress(self._mixed(spectrum)) * (1 + self.gain) + self.bias
 
     def _mixed(self, spectrum: Tensor) -> Tensor:
-        """Applies the second convolution, which commutes with the spectrum, to its few coefficients."""
+        """Apply the second convolution, which commutes with the spectrum, to its few coefficients."""
         assert self.mix.bias is not None
         return mix_channels(self.mix.weight.flatten(1), spectrum) + self.mix.bias[:, None, None, None] * self.constant
 

@@ -1,4 +1,4 @@
-"""What Hugging Face's configurations tell: names of classes, and settings of image processors."""
+"""Class names and image-processor settings from Hugging Face configurations."""
 
 import warnings
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""What images each model wants, and the transform that gives them to it."""
+"""Input size and normalisation of each model, and the transform that applies them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ Normalization = tuple[Sequence[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a model was made for.
+    """Input size and normalisation that a model was trained with.
 
     Attributes:
         channels: Of the images, 3 for colour.
@@ -144,7 +144,7 @@ def _side(size: Any) -> tuple[int, int] | None:
 def _for_channels(
     mean: Sequence[float], std: Sequence[float], channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Fits a normalisation to a number of channels as timm does: other than three get the average."""
+    """Fit a normalisation to a number of channels as timm does: other than three get the average."""
     if len(mean) == channels:
         return tuple(mean), tuple(std)
     return (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels

@@ -61,7 +61,7 @@ def load_model(
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Lists the names that `load_model` takes, of timm and torchvision; Hugging Face's hub cannot be listed offline.
+    """List the names that `load_model` takes, of timm and torchvision; Hugging Face's hub cannot be listed offline.
 
     Args:
         pattern: With ``*`` and ``?``: ``"timm:*mobile*"``, ``"torchvision:*"``. A bare pattern is matched in both

@@ -14,7 +14,7 @@ from hetkd.utils.files import write_atomically
 
 
 def load_weights(model: nn.Module, path: str | Path, *, new_head: int | None = None) -> None:
-    """Loads a state dict into a model, strictly; timm models may have been built for another input size.
+    """Load a state dict into a model, strictly; timm models may have been built for another input size.
 
     Args:
         model: Of the same architecture.
@@ -54,7 +54,7 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _fitted_by_timm(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Converts weights as timm does its own: position embeddings to another input size, keys of original releases."""
+    """Convert weights as timm does its own: position embeddings to another input size, keys of original releases."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None or not type(model).__module__.startswith("timm."):
         return state

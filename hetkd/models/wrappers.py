@@ -1,4 +1,4 @@
-"""What is inside of DDP, PEFT, Hugging Face's wrapper of timm, and what an architecture is called."""
+"""Unwrap DDP, PEFT and Hugging Face's wrapper of timm, and name an architecture."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What all transforms share: float32 inside, autocast off, float64 kept; and separable products."""
+"""Shared by all transforms: float32 inside, autocast off, float64 kept; and separable products."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -23,7 +23,7 @@ def full_precision(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Co
 
 
 def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Does what ``torch.compiler.assume_constant_result`` does, which would import the whole compiler: 1.3 seconds."""
+    """Do what ``torch.compiler.assume_constant_result`` does, which would import the whole compiler: 1.3 seconds."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

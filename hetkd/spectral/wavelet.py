@@ -64,7 +64,7 @@ def dwt2(x: Tensor, wavelet: str = "haar", levels: int = 1) -> Bands:
 
 
 def idwt2(bands: Bands, wavelet: str = "haar", size: tuple[int, int] | None = None) -> Tensor:
-    """Inverts `dwt2`.
+    """Invert `dwt2`.
 
     Args:
         bands: What `dwt2` returned, or bands of the same shapes.

@@ -19,7 +19,7 @@ from hetkd.distillation import Distillation
 from hetkd.models.inputs import check_labels
 from hetkd.training.options import TrainingOptions
 from hetkd.training.sampling import set_epoch, with_drawn_samples
-from hetkd.training.signals import QuietWorker, quietly
+from hetkd.training.signals import quietly, with_quiet_workers
 
 
 class Batch(NamedTuple):
@@ -236,7 +236,5 @@ def shared_out(loader: Iterable[Any], what: str, classes: int | None, seed: int,
     labels = loader.dataset.labels if isinstance(loader.dataset, TensorImages) else None
     if labels is not None:  # all of them are at hand: look before any training
         check_labels(labels, len(labels), classes, look_at_values=True)
-    drawn = with_drawn_samples(loader, what, seed)
-    prepared = accelerator.prepare_data_loader(drawn, device_placement=False)
-    prepared.worker_init_fn = QuietWorker(prepared.worker_init_fn)
-    return prepared
+    quiet = with_quiet_workers(with_drawn_samples(loader, what, seed))
+    return accelerator.prepare_data_loader(quiet, device_placement=False)

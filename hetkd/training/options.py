@@ -18,7 +18,7 @@ LEARNING_RATES = {"sgd": 0.05, "adamw": 1e-3, "lamb": 5e-3}
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How `hetkd.Distiller.fit` trains.
+    """Options of `hetkd.Distiller.fit`.
 
     Attributes:
         batch_size: Images a step and process; a loader has its own batch size.
@@ -174,7 +174,7 @@ class TrainingOptions:
 
     @property
     def keys(self) -> Keys:
-        """Where images and labels are in samples that are dicts."""
+        """Keys of image and label in samples that are dicts."""
         return Keys(self.image_key, self.label_key)
 
     @property

@@ -57,7 +57,7 @@ class EpochPart:
 
 @dataclass
 class RunState:
-    """How far a run is; a checkpoint holds it, beside weights and optimizer.
+    """Progress of a run; a checkpoint holds it beside weights and optimizer.
 
     Attributes:
         epoch: Number of whole epochs.
@@ -135,6 +135,6 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of this process."""
         device: torch.device = self.accelerator.device
         return device

@@ -1,5 +1,6 @@
 """Signals that ask a run to save itself: clusters send one before they kill."""
 
+import copy
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
+from torch.utils.data import DataLoader
 
 from hetkd.utils.distributed import largest_of_processes
 
@@ -46,8 +48,17 @@ def _heed_the_run() -> None:
     os._exit(0)
 
 
+def with_quiet_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a copy of a loader whose processes leave signals to the run; iterate it by `quietly`."""
+    quiet = copy.copy(loader)
+    if hasattr(quiet, "base_dataloader"):  # the user had it prepared by Accelerate
+        quiet.base_dataloader = with_quiet_workers(quiet.base_dataloader)
+    quiet.worker_init_fn = QuietWorker(loader.worker_init_fn)
+    return quiet
+
+
 def quietly(loader: Iterable[Any]) -> Iterator[Any]:
-    """Iterate a loader; signals wait while its loading processes start, which would die of them."""
+    """Iterate a loader; signals wait while its quiet processes start, which would die of them."""
     iterator, end = iter(loader), object()
     with _waiting_signals() if isinstance(getattr(loader, "worker_init_fn", None), QuietWorker) else nullcontext():
         first = next(iterator, end)

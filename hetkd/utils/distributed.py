@@ -27,7 +27,7 @@ def largest_of_processes(value: int, device: torch.device) -> int:
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """Sums ``x`` over all processes.
+    """Sum ``x`` over all processes.
 
     Backward sums the gradients too, so that a loss that every process computes from global statistics has, after DDP's
     averaging, the gradient of one process with the whole batch.
@@ -36,7 +36,7 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 
 def gather_over_processes(x: Tensor) -> Tensor:
-    """Concatenates ``x`` ``[B, ...]`` over all processes along the batch, with gradients; B must be equal."""
+    """Concatenate ``x`` ``[B, ...]`` over all processes along the batch, with gradients; B must be equal."""
     count = world_size()
     if count == 1:
         return x

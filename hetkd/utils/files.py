@@ -48,7 +48,7 @@ def checksum(path: Path) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Flushes the entries of a folder to disk, where the system can."""
+    """Flush the entries of a folder to disk, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -48,7 +48,7 @@ console = Console(highlight=False, width=160)
 
 
 def main() -> None:
-    """Measures, prints tables, and writes the rows."""
+    """Measure, print tables, and write the rows."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> Any:
-    """Yields titles and rows, as they are measured."""
+    """Yield titles and rows, as they are measured."""
     if arguments.what == "steps":
         if "torchdistill kd" in arguments.methods and not has_torchdistill():
             console.print("torchdistill is not installed (pip install '.[bench]') and left out.")
@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Any:
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Prints rows; the phases of steps as a table of their own."""
+    """Print rows; the phases of steps as a table of their own."""
     table = Table(title=title)
     columns = [column for column in rows[0] if column not in ("pair", "phases")]
     for column in columns:
@@ -102,7 +102,7 @@ def _text(value: Any) -> str:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line, or ``words``."""
+    """Read the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ["steps", "spectral", "tap", "loop", "cache", "import"]
     parser.add_argument("what", nargs="?", choices=kinds, default="steps")

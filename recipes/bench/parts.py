@@ -23,7 +23,7 @@ SIZES = {"batch": (8, 16, 32, 64), "grid": (7, 14, 28), "channels": (64, 256, 10
 
 
 def bench_transforms(batch: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Compares forward and backward of each transform with a plain version."""
+    """Compare forward and backward of each transform with a plain version."""
     torch.manual_seed(0)
     x = torch.randn(batch, CHANNELS, GRID, GRID, device=device, requires_grad=True)
     rows = []
@@ -44,7 +44,7 @@ def bench_transforms(batch: int, repeats: int, device: torch.device) -> list[dic
 
 
 def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], Any], str, Callable[[Tensor], Any]]]:
-    """Yields our transforms of ``[B, 256, 16, 16]`` beside plain versions."""
+    """Yield our transforms of ``[B, 256, 16, 16]`` beside plain versions."""
     import ptwt
 
     first = GRID // 2 - KEEP // 2
@@ -89,7 +89,7 @@ def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], A
 
 
 def with_backward(function: Callable[[Tensor], Any], x: Tensor) -> Callable[[], None]:
-    """Returns a call of the function with its backward."""
+    """Return a call of the function with its backward."""
 
     def run() -> None:
         result = function(x)
@@ -99,7 +99,7 @@ def with_backward(function: Callable[[Tensor], Any], x: Tensor) -> Callable[[], 
 
 
 def bench_growth(repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Measures encode, forward and backward of the methods alone, while one size varies at a time."""
+    """Measure encode, forward and backward of the methods alone, while one size varies at a time."""
     base = {"batch": 16, "grid": 14, "channels": 256, "levels": 2}
     makers: dict[str, Callable[[int], Method]] = {
         "uhkd": lambda levels: UHKD(),
@@ -122,7 +122,7 @@ def bench_growth(repeats: int, device: torch.device) -> list[dict[str, Any]]:
 
 
 def method_step(method: Method, batch: int, grid: int, channels: int, device: torch.device) -> Callable[[], None]:
-    """Returns encode, forward and backward of a method on random maps of one stage pair."""
+    """Return encode, forward and backward of a method on random maps of one stage pair."""
     torch.manual_seed(0)
     stage = Stage("stage", channels, grid, grid)
     method.bind([StagePair(stage, stage)])
@@ -140,7 +140,7 @@ def method_step(method: Method, batch: int, grid: int, channels: int, device: to
 
 
 def bench_import(repeats: int) -> list[dict[str, Any]]:
-    """Compares the time of ``import hetkd`` with that of ``import torch``, in processes that take turns."""
+    """Compare the time of ``import hetkd`` with that of ``import torch``, in processes that take turns."""
     times: dict[str, list[float]] = {"torch": [], "hetkd": []}
     for _ in range(max(repeats, 3) + 1):
         for module, seconds in times.items():

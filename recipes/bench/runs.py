@@ -26,7 +26,7 @@ MODELS = [
 
 
 def bench_tap(name: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compares a model's forward with and without the tap at its four stages."""
+    """Compare a model's forward with and without the tap at its four stages."""
     model = load_model(name, pretrained=False).eval().to(device)
     images = torch.rand(arguments.batch_size, 3, PIXELS, PIXELS, device=device)
     adapter = find_adapter(model)
@@ -53,7 +53,7 @@ def bench_tap(name: str, device: torch.device, arguments: argparse.Namespace) ->
 
 
 def bench_loop(method: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compares `fit` on small images on the device with the step alone."""
+    """Compare `fit` on small images on the device with the step alone."""
     batch = arguments.batch_size
     images = torch.randint(256, (batch * arguments.repeats, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.randint(100, (len(images),), device=device)
@@ -82,7 +82,7 @@ def bench_loop(method: str, device: torch.device, arguments: argparse.Namespace)
 
 
 def bench_cache(method: str, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compares epochs with the teacher live, from the cache, and without it."""
+    """Compare epochs with the teacher live, from the cache, and without it."""
     images = torch.randint(256, (arguments.batch_size * arguments.repeats, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(100, (len(images),))
     teacher = load_model("timm:vit_tiny_patch16_224", pretrained=False, num_classes=100, img_size=64).to(device)

@@ -67,7 +67,7 @@ def bench_pair(
     device: torch.device,
     seconds: float = float("inf"),
 ) -> list[dict[str, Any]]:
-    """Measures all methods on one pair of models, in turns with the floor.
+    """Measure all methods on one pair of models, in turns with the floor.
 
     Args:
         name: Of `PAIRS`.
@@ -114,7 +114,7 @@ def bench_pair(
 def measure_in_turns(
     steps: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, seconds: float = float("inf")
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Times steps, two at a time between two of the floor, in another order in every round.
+    """Time steps, two at a time between two of the floor, in another order in every round.
 
     Returns:
         Seconds of each step, and their ratios to the mean of the floors before and after, without the first round.
@@ -137,7 +137,7 @@ def measure_in_turns(
 
 
 def make_pair(name: str, batch_size: int, device: torch.device) -> Pair:
-    """Builds untrained models, which cost what trained ones do, and a batch of random images."""
+    """Build untrained models, which cost what trained ones do, and a batch of random images."""
     torch.manual_seed(0)
     teacher, student = (load_model(model, pretrained=False).to(device) for model in PAIRS[name])
     images = torch.rand(batch_size, 3, PIXELS, PIXELS, device=device)
@@ -161,7 +161,7 @@ def floor(pair: Pair) -> Contender:
 
 
 def contender(name: str, pair: Pair) -> Contender:
-    """Makes a method of hetkd or of another library."""
+    """Make a method of hetkd or of another library."""
     pair = pair._replace(student=copy.deepcopy(pair.student))
     if name in PEERS:
         return {PEERS[0]: timm_logits, PEERS[1]: timm_features, PEERS[2]: torchdistill_kd}[name](pair)
@@ -178,21 +178,21 @@ def contender(name: str, pair: Pair) -> Contender:
 
 
 def timm_logits(pair: Pair) -> Contender:
-    """Makes a step of timm's logit distillation."""
+    """Make a step of timm's logit distillation."""
     from timm.task import LogitDistillationTask
 
     return of_timm(LogitDistillationTask(pair.student, pair.teacher, verbose=False, device=pair.images.device), pair)
 
 
 def timm_features(pair: Pair) -> Contender:
-    """Makes a step of timm's distillation of the pooled feature."""
+    """Make a step of timm's distillation of the pooled feature."""
     from timm.task import FeatureDistillationTask
 
     return of_timm(FeatureDistillationTask(pair.student, pair.teacher, verbose=False, device=pair.images.device), pair)
 
 
 def of_timm(task: Any, pair: Pair) -> Contender:
-    """Makes a step of a task of timm."""
+    """Make a step of a task of timm."""
     optimizer = make_optimizer(task.trainable_module)
 
     def step() -> None:
@@ -206,7 +206,7 @@ def of_timm(task: Any, pair: Pair) -> Contender:
 
 
 def has_torchdistill() -> bool:
-    """Says whether torchdistill is installed (``pip install ".[bench]"``)."""
+    """Say whether torchdistill is installed (``pip install ".[bench]"``)."""
     try:
         import torchdistill  # noqa: F401
     except ImportError:
@@ -215,7 +215,7 @@ def has_torchdistill() -> bool:
 
 
 def torchdistill_kd(pair: Pair) -> Contender:
-    """Makes a step of torchdistill's knowledge distillation, by its own box and optimizer."""
+    """Make a step of torchdistill's knowledge distillation, by its own box and optimizer."""
     from torchdistill.core.distillation import DistillationBox
 
     logging.getLogger("torchdistill").setLevel(logging.WARNING)
@@ -241,17 +241,17 @@ def torchdistill_kd(pair: Pair) -> Contender:
 
 
 def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
-    """Makes the same optimizer for everyone."""
+    """Make the same optimizer for everyone."""
     return torch.optim.AdamW((p for p in module.parameters() if p.requires_grad), lr=1e-3, fused=True)
 
 
 def peak_of(each: Contender, pair: Pair, device: torch.device) -> int:
-    """Returns the peak of memory of a step, with the weights of both models and the optimizer's moments."""
+    """Return the peak of memory of a step, with the weights of both models and the optimizer's moments."""
     return peak_memory(each.step, device, *each.modules, pair.teacher, pair.images)
 
 
 def phases(each: Contender, pair: Pair, device: torch.device, repeats: int = 3) -> dict[str, float]:
-    """Returns where the milliseconds of a step go, the least of some runs."""
+    """Return where the milliseconds of a step go, the least of some runs."""
     distiller, optimizer = each.modules
     method = distiller.method
     teachers = [tap for role, tap in distiller.taps.items() if role != "student"]

@@ -19,7 +19,7 @@ WARM_UP = 2
 def take_turns(
     functions: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Times functions in turns, in another order in every round.
+    """Time functions in turns, in another order in every round.
 
     Returns:
         Seconds of each call, by the name of the function, without the rounds that warm up.
@@ -35,14 +35,14 @@ def take_turns(
 
 
 def compare(times: list[float], reference: list[float]) -> tuple[float, str]:
-    """Returns the ratio of two medians, and the quartiles of the ratios within the rounds, as text."""
+    """Return the ratio of two medians, and the quartiles of the ratios within the rounds, as text."""
     ratios = [t / r for t, r in zip(times, reference, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return statistics.median(times) / statistics.median(reference), f"{low:.3f} to {high:.3f}"
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns where the median lies with 95 % confidence, whatever the distribution: two of the values (binomial).
+    """Return where the median lies with 95 % confidence, whatever the distribution: two of the values (binomial).
 
     Fewer than six values cannot tell: then their extremes.
     """
@@ -56,21 +56,21 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    """Returns the seconds of one call."""
+    """Return the seconds of one call."""
     start = now(device)
     function()
     return now(device) - start
 
 
 def now(device: torch.device) -> float:
-    """Returns the time in seconds, when the device has done its work."""
+    """Return the time in seconds, when the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device, *held: Any) -> int:
-    """Returns the most bytes of tensors that are alive at a time while a function runs.
+    """Return the most bytes of tensors that are alive at a time while a function runs.
 
     Args:
         function: What is measured.
@@ -89,7 +89,7 @@ def peak_memory(function: Callable[[], Any], device: torch.device, *held: Any) -
 
 
 def operations_of(function: Callable[[], Any]) -> int:
-    """Returns how many of PyTorch's operations a function runs, views aside: about the kernels that a GPU launches."""
+    """Return how many of PyTorch's operations a function runs, views aside: about the kernels that a GPU launches."""
     with _Counted() as counted:
         function()
     return counted.operations

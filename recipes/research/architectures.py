@@ -49,7 +49,7 @@ class Candidate:
 
 
 def candidates(pattern: str) -> Iterator[Candidate]:
-    """Yields the architectures of the three libraries whose ``LIBRARY:NAME`` the pattern matches."""
+    """Yield the architectures of the three libraries whose ``LIBRARY:NAME`` the pattern matches."""
     sources = {"timm": timm_candidates, "torchvision": torchvision_candidates, "hf": hugging_face_candidates}
     for library, source in sources.items():
         if fnmatchcase(library, pattern.partition(":")[0]):
@@ -57,7 +57,7 @@ def candidates(pattern: str) -> Iterator[Candidate]:
 
 
 def timm_candidates() -> Iterator[Candidate]:
-    """Yields the smallest variant of each class of timm; parameters are counted on the meta device."""
+    """Yield the smallest variant of each class of timm; parameters are counted on the meta device."""
     for architecture, names in sorted(timm_classes().items()):
         # Variants of these names are large; building hundreds of them takes longer than checking one.
         small = [name for name in names if not any(word in name for word in LARGE)] or names
@@ -66,7 +66,7 @@ def timm_candidates() -> Iterator[Candidate]:
 
 
 def timm_classes() -> dict[str, list[str]]:
-    """Returns the names of timm's models by their class, without building them."""
+    """Return the names of timm's models by their class, without building them."""
     found: dict[str, list[str]] = {}
 
     class Asked(Exception):
@@ -89,20 +89,20 @@ def timm_classes() -> dict[str, list[str]]:
 
 
 def timm_parameters(name: str) -> int:
-    """Counts the parameters of a timm model without making them."""
+    """Count the parameters of a timm model without making them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
 
 
 def torchvision_candidates() -> Iterator[Candidate]:
-    """Yields every classification model of torchvision."""
+    """Yield every classification model of torchvision."""
     for name in torchvision.models.list_models(module=torchvision.models):
         build = partial(load_model, f"torchvision:{name}", pretrained=False, num_classes=CLASSES)
         yield Candidate("torchvision", name, name, build)
 
 
 def hugging_face_candidates() -> Iterator[Candidate]:
-    """Yields every type in transformers' mappings of image classifiers and of backbones."""
+    """Yield every type in transformers' mappings of image classifiers and of backbones."""
     for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         yield Candidate(
             "hf", "image classifier", name, partial(hugging_face_model, name, AutoModelForImageClassification)
@@ -112,7 +112,7 @@ def hugging_face_candidates() -> Iterator[Candidate]:
 
 
 def hugging_face_model(model_type: str, auto_class: Any) -> nn.Module:
-    """Builds a model of a small configuration of its type."""
+    """Build a model of a small configuration of its type."""
     config = small_config(model_type)
     config.architectures = []  # transformers 5 iterates over it
     config.num_labels = CLASSES
@@ -120,7 +120,7 @@ def hugging_face_model(model_type: str, auto_class: Any) -> nn.Module:
 
 
 def small_config(model_type: str) -> Any:
-    """Makes a configuration of few layers and few channels, of whatever fields its type has."""
+    """Make a configuration of few layers and few channels, of whatever fields its type has."""
     default = AutoConfig.for_model(model_type)
     if hasattr(default, "vision_config"):
         vision = smaller_fields(default.vision_config)
@@ -129,7 +129,7 @@ def small_config(model_type: str) -> Any:
 
 
 def smaller_fields(config: Any) -> dict[str, Any]:
-    """Returns smaller values of the fields that a configuration has."""
+    """Return smaller values of the fields that a configuration has."""
     fields = {name: value for name, value in SMALL.items() if isinstance(getattr(config, name, None), int)}
     if isinstance(getattr(config, "depths", None), (list, tuple)):
         fields["depths"] = type(config.depths)([1] * len(config.depths))

@@ -62,7 +62,7 @@ class Row:
 
 
 def main() -> None:
-    """Checks, prints a line an architecture, and writes the page."""
+    """Check each, print a line an architecture, and write the page."""
     arguments = parse_arguments()
     torch.manual_seed(0)
     rows = []
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def read_rows(path: Path | None) -> dict[tuple[str, str], Row]:
-    """Reads what an earlier run has done already."""
+    """Read what an earlier run has done already."""
     if path is None or not path.exists():
         return {}
     rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -92,7 +92,7 @@ def read_rows(path: Path | None) -> dict[tuple[str, str], Row]:
 
 
 def check(candidate: Candidate) -> Row:
-    """Lets an architecture be teacher and student, and notes what goes wrong."""
+    """Let an architecture be teacher and student, and note what goes wrong."""
     row, start = Row(candidate.library, candidate.architecture, candidate.name), time.perf_counter()
     try:
         model = candidate.build()
@@ -109,7 +109,7 @@ def check(candidate: Candidate) -> Row:
 
 
 def smallest_input(model: nn.Module) -> tuple[int, int]:
-    """Returns the smallest square of `SIZES`, or the model's own size, that it takes in eval and in training mode."""
+    """Return the smallest square of `SIZES`, or the model's own size, that it takes in eval and in training mode."""
     own = input_spec(tapped_module(model)).size
     for size in sorted({*((pixels, pixels) for pixels in SIZES), own}):
         try:
@@ -124,7 +124,7 @@ def smallest_input(model: nn.Module) -> tuple[int, int]:
 
 
 def settle_statistics(model: nn.Module, size: tuple[int, int]) -> None:
-    """Gives batch norms the statistics of images: in eval mode, an untrained deep CNN makes all but zeros without."""
+    """Give batch norms the statistics of images: in eval mode, an untrained deep CNN makes all but zeros without."""
     distiller = distil("teacher", model, "sfkd", size)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -140,7 +140,7 @@ def settle_statistics(model: nn.Module, size: tuple[int, int]) -> None:
 
 
 def distil(role: str, model: nn.Module, method: str, size: tuple[int, int]) -> Distiller:
-    """Makes a distiller of the model in its role and a small partner; without logits where the model has none."""
+    """Make a distiller of the model in its role and a small partner; without logits where the model has none."""
     partner = small_partner()
     teacher, student = (model, partner) if role == "teacher" else (partner, model)
     try:
@@ -153,14 +153,14 @@ def distil(role: str, model: nn.Module, method: str, size: tuple[int, int]) -> D
 
 
 def small_partner() -> nn.Module:
-    """Builds a small ViT of four stages."""
+    """Build a small ViT of four stages."""
     return timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=CLASSES
     )
 
 
 def check_teacher(row: Row, model: nn.Module, method: str) -> list[str]:
-    """Takes one step with the model as teacher; its logits must be those of a plain call, bit for bit."""
+    """Take one step with the model as teacher; its logits must be those of a plain call, bit for bit."""
     distiller = distil("teacher", model, method, row.size)
     tap = distiller.taps["teacher"]
     row.family = tap.adapter.family
@@ -179,7 +179,7 @@ def check_teacher(row: Row, model: nn.Module, method: str) -> list[str]:
 
 
 def check_student(row: Row, model: nn.Module, method: str) -> list[str]:
-    """Takes one step with the model as student, in training mode; the gradient must reach its first layer."""
+    """Take one step with the model as student, in training mode; the gradient must reach its first layer."""
     model.requires_grad_(True)
     distiller = distil("student", model, method, row.size).train()
     stem: list[nn.Module] = []
@@ -198,14 +198,14 @@ def check_student(row: Row, model: nn.Module, method: str) -> list[str]:
 
 
 def bad_terms(output: DistillerOutput) -> list[str]:
-    """Names the terms of the loss that are zero or not finite, and missing ones."""
+    """Name the terms of the loss that are zero or not finite, and missing ones."""
     terms = {name: term.item() for name, term in output.terms.items()}
     problems = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value) or value == 0]
     return problems if any("." in name for name in terms) else [*problems, "no feature term"]
 
 
 def batch(distiller: Distiller, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Makes four smooth random images of different brightness, with labels if the student has classes."""
+    """Make four smooth random images of different brightness, with labels if the student has classes."""
     brightness = torch.tensor([0.25, 0.5, 0.75, 1.0])[:, None, None, None]
     coarse = brightness * torch.rand(4, distiller.student_inputs.spec.channels, 4, 4)
     images = F.interpolate(coarse, size=size, mode="bilinear")
@@ -213,7 +213,7 @@ def batch(distiller: Distiller, size: tuple[int, int]) -> tuple[Tensor, Tensor |
 
 
 def report(row: Row) -> None:
-    """Prints a line on an architecture, and one on each problem."""
+    """Print a line on an architecture, and one on each problem."""
     name = f"{row.library}:{row.name}"
     console.print(f"{name:48} {row.family:16} {row.size[0]:4} px  {row.seconds:6.1f} s  {len(row.stages)} stages")
     for problem in row.problems:
@@ -221,7 +221,7 @@ def report(row: Row) -> None:
 
 
 def page(rows: list[Row], summary: str) -> str:
-    """Writes the table as Markdown, refusals first."""
+    """Write the table as Markdown, refusals first."""
     libraries = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
     versions = ", ".join(f"{name} {version(name)}" for name in ("hetkd", "torch", *libraries.values()))
     refused = [row for row in rows if row.problems]
@@ -256,7 +256,7 @@ def page(rows: list[Row], summary: str) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", metavar="PATTERN", help='such as "timm:*vit*"')
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE")

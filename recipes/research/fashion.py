@@ -25,7 +25,7 @@ _IMAGES_MAGIC, _LABELS_MAGIC = 0x803, 0x801
 
 
 def read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Reads the official files of ``split`` ("train" or "t10k"): images uint8 [N, 1, 28, 28], labels int64 [N]."""
+    """Read the official files of ``split`` ("train" or "t10k"): images uint8 [N, 1, 28, 28], labels int64 [N]."""
     pixels = gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes())
     labels = gzip.decompress((folder / f"{split}-labels-idx1-ubyte.gz").read_bytes())
     images = torch.from_numpy(np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 1, 28, 28).copy())
@@ -33,7 +33,7 @@ def read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def whole_set_folder() -> Path:
-    """Returns the folder of the official files: the system's, or one that torchvision downloads."""
+    """Return the folder of the official files: the system's, or one that torchvision downloads."""
     if SYSTEM.is_dir():
         return SYSTEM
     from torchvision.datasets import FashionMNIST
@@ -44,7 +44,7 @@ def whole_set_folder() -> Path:
 
 
 def build_teacher(*, trained: bool) -> nn.Module:
-    """Builds the small ViT of the quickstart, with the weights that `fashion_teacher.py` made if ``trained``."""
+    """Build the small ViT of the quickstart, with the weights that `fashion_teacher.py` made if ``trained``."""
     return load_model(
         "timm:vit_tiny_patch16_224",
         pretrained=False,
@@ -62,7 +62,7 @@ def build_teacher(*, trained: bool) -> nn.Module:
 
 
 def write_subset() -> None:
-    """Writes the first images of each class of the official splits, in the official format."""
+    """Write the first images of each class of the official splits, in the official format."""
     SUBSET.mkdir(parents=True, exist_ok=True)
     for split, per_class in SUBSET_SIZES.items():
         images, labels = read_split(whole_set_folder(), split)

@@ -22,7 +22,7 @@ from hetkd.models import save_model
 
 
 def main() -> None:
-    """Trains, checks, and saves."""
+    """Train, check, and save."""
     arguments = parse_arguments()
     folder = whole_set_folder()
     images, labels = (part[: arguments.images] for part in read_split(folder, "train"))
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, help="of each of the three runs, instead of 12, 3 and 8")
     parser.add_argument("--images", type=int, help="use only so many training images")

@@ -81,7 +81,7 @@ class Job:
 
 
 def parse_method(words: str) -> tuple[str, dict[str, Any]]:
-    """Reads ``NAME`` or ``NAME:OPTION=VALUE,...``; values are Python's, commas within them in brackets only."""
+    """Read ``NAME`` or ``NAME:OPTION=VALUE,...``; values are Python's, commas within them in brackets only."""
     name, _, rest = words.partition(":")
     call = ast.parse(f"f({rest})", mode="eval").body
     assert isinstance(call, ast.Call)

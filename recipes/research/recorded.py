@@ -22,7 +22,7 @@ _FACTS, _CHUNK = "facts.json", 128
 
 
 def view_of(images: Tensor, index: Tensor, view: int) -> Tensor:
-    """Returns one view of some images: shifted by up to four pixels, flipped or not, always in the same way.
+    """Return one view of some images: shifted by up to four pixels, flipped or not, always in the same way.
 
     Args:
         images: uint8 ``[N, C, H, W]``.
@@ -60,7 +60,7 @@ class RecordedViews:
         self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in facts["arrays"]}
 
     def features(self, stages: Sequence[str], view: int, index: Tensor) -> Features:
-        """Returns what the teacher yields at these stages for some images, in float32."""
+        """Return what the teacher yields at these stages for some images, in float32."""
 
         def read(name: str) -> Tensor:
             return torch.from_numpy(self._arrays[name][view, index.numpy()].astype(np.float32))
@@ -72,7 +72,7 @@ class RecordedViews:
 
 @torch.no_grad()
 def record_views(distiller: Distiller, images: Tensor, views: int, folder: Path) -> None:
-    """Runs the teacher of a distiller over all views of all images, and writes what comes out at its stages.
+    """Run the teacher of a distiller over all views of all images, and write what comes out at its stages.
 
     Args:
         distiller: With one teacher, tapped at the stages that are to be recorded.

@@ -55,7 +55,7 @@ class Split:
 
 
 def main() -> None:
-    """Records teachers, or trains what is not in the output file yet."""
+    """Record teachers, or train what is not in the output file yet."""
     arguments = parse_arguments()
     if arguments.what == "record":
         for name in dict.fromkeys(pair.split(":")[0] for pair in arguments.pairs):
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
-    """Returns what is asked for, seed by seed, so that a run that is stopped has whole seeds."""
+    """Return what is asked for, seed by seed, so that a run that is stopped has whole seeds."""
     asked = (
         arguments.methods
         or {"try": [], "final": jobs.FINAL, "scarce": jobs.FINAL, "ablations": jobs.ABLATIONS}[arguments.what]
@@ -80,7 +80,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
 
 
 def run_all(jobs: Iterable[Job], arguments: argparse.Namespace) -> None:
-    """Trains what is not there yet, some at a time with one thread each, and adds a line a student to the output."""
+    """Train what is not there yet, some at a time with one thread each, and add a line a student to the output."""
     rows = read_rows(arguments.output)
     if any(row["protocol"] != PROTOCOL for row in rows):
         raise SystemExit(f"{arguments.output} has runs under another protocol: choose another --output.")
@@ -107,7 +107,7 @@ def run_all(jobs: Iterable[Job], arguments: argparse.Namespace) -> None:
 
 @cache
 def load_split() -> Split:
-    """Loads the images: of each class the first to train on, and some to validate on, spread over the others.
+    """Load the images: of each class the first to train on, and some to validate on, spread over the others.
 
     The strips of `image_data.py` are sorted by the word that an image was found by, so that the first and the last
     of a class are of different kinds; the teachers, too, were trained on first ones.
@@ -122,7 +122,7 @@ def load_split() -> Split:
 
 
 def record(name: str, arguments: argparse.Namespace) -> None:
-    """Records a teacher at the stages that methods compare, and prints its accuracy on the validation images."""
+    """Record a teacher at the stages that methods compare, and print its accuracy on the validation images."""
     teacher, size = load_teacher(name, arguments.teachers)
     student = next(pair.split(":")[1] for pair in PAIRS if pair.startswith(f"{name}:"))
     distiller = Distiller(
@@ -139,7 +139,7 @@ def record(name: str, arguments: argparse.Namespace) -> None:
 
 
 def load_teacher(name: str, folder: Path) -> tuple[nn.Module, int]:
-    """Loads a teacher that `train_teacher.py` made, or that comes with this recipe; returns its input size too."""
+    """Load a teacher that `train_teacher.py` made, or that comes with this recipe; return its input size too."""
     file = f"cifar100-{teachers_digest()}-{PIXELS[name]}px-{TEACHERS[name]}.safetensors"
     path = next((path for path in (folder / file, COMMITTED / file) if path.exists()), None)
     if path is None:
@@ -154,17 +154,17 @@ def load_teacher(name: str, folder: Path) -> tuple[nn.Module, int]:
 
 @cache
 def teachers_digest() -> str:
-    """Returns what the files of teachers are named after: a digest of the images that they learn from."""
+    """Return what the files of teachers are named after: a digest of the images that they learn from."""
     return load_images("cifar100").first(2 * PROTOCOL["images_a_class"] * CLASSES).digest[:8]
 
 
 def student_path(folder: Path, pair: str, method: str) -> Path:
-    """Returns where the student of the first seed is, by a method with its defaults."""
+    """Return where the student of the first seed is, by a method with its defaults."""
     return folder / f"{pair.replace(':', '-')}-{method}.safetensors"
 
 
 def train(job: Job, recorded: Path, students: Path) -> Row:
-    """Trains one student, and returns its line."""
+    """Train one student, and return its line."""
     split, (teacher_name, student_name) = load_split(), job.pair.split(":")
     images, labels = split.train
     torch.manual_seed(job.seed)
@@ -213,7 +213,7 @@ def train(job: Job, recorded: Path, students: Path) -> Row:
 
 
 def make_distiller(job: Job, teacher_name: str, student: nn.Module, size: int) -> Distiller:
-    """Makes the distiller of a job; the teacher has no weights, for its features are recorded."""
+    """Make the distiller of a job; the teacher has no weights, for its features are recorded."""
     names = job.method.split("+")
     if job.method == "ce":
         return Distiller(None, student, "ce", input_size=size)
@@ -223,7 +223,7 @@ def make_distiller(job: Job, teacher_name: str, student: nn.Module, size: int) -
 
 
 def make_optimizer(distiller: Distiller, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Makes AdamW and its schedule, a step at a time: cosine up for the warm-up, then cosine down."""
+    """Make AdamW and its schedule, a step at a time: cosine up for the warm-up, then cosine down."""
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1]},
@@ -240,7 +240,7 @@ def make_optimizer(distiller: Distiller, steps: int) -> tuple[torch.optim.Optimi
 def batches(
     labels: Tensor, labelled: float, uses_teacher: bool, order: torch.Generator
 ) -> Iterator[tuple[Tensor, bool]]:
-    """Yields the image indices of an epoch's batches, and whether their labels are used.
+    """Yield the image indices of an epoch's batches, and whether their labels are used.
 
     Where few images have labels, every second batch is of these (again and again), the others are of all images
     and without labels; a method without a teacher gets labelled batches only, as many.
@@ -261,7 +261,7 @@ def batches(
 
 @torch.no_grad()
 def accuracy(distiller: Distiller, data: Labelled) -> float:
-    """Returns the student's top-1 in percent."""
+    """Return the student's top-1 in percent."""
     distiller.eval()
     parts = zip(*(x.split(250) for x in data), strict=True)
     right = sum(int((distiller.predict(images).argmax(1) == labels).sum()) for images, labels in parts)
@@ -269,7 +269,7 @@ def accuracy(distiller: Distiller, data: Labelled) -> float:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line, or ``words``."""
+    """Read the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["record", "try", "final", "scarce", "ablations"])
     pairs = [*PAIRS, jobs.HOMOGENEOUS]

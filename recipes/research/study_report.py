@@ -39,7 +39,7 @@ KINDS = {
 
 
 def main(words: list[str] | None = None) -> None:
-    """Writes what there are runs for; ``words`` stand for the command line."""
+    """Write what there are runs for; ``words`` stand for the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("docs/results/runs.jsonl"), metavar="FILE")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), metavar="DIR")
@@ -58,18 +58,18 @@ def main(words: list[str] | None = None) -> None:
 
 
 def name_of(row: Row) -> str:
-    """Returns the method with the options that are not its defaults."""
+    """Return the method with the options that are not its defaults."""
     options = ", ".join(f"{name}={value!r}" for name, value in row["options"].items())
     return f"{row['method']} ({options})" if options else row["method"]
 
 
 def pairs_of(rows: Sequence[Row]) -> list[str]:
-    """Returns the pairs that there are rows for."""
+    """Return the pairs that there are rows for."""
     return [pair for pair in (*PAIRS, HOMOGENEOUS) if any(row["pair"] == pair for row in rows)]
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Returns all tables as Markdown; runs of more or fewer epochs than the protocol's have tables of their own."""
+    """Return all tables as Markdown; runs of more or fewer epochs than the protocol's have tables of their own."""
     parts = []
     for kind, (title, score) in KINDS.items():
         for epochs in sorted({row["epochs"] for row in rows if row["kind"] == kind}):
@@ -83,14 +83,14 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def _whole_methods(rows: Sequence[Row], ablations: Sequence[Row]) -> list[Row]:
-    """Returns the final runs of whole methods of the same pairs and seeds, from which ablations take something away."""
+    """Return the final runs of whole methods of the same pairs and seeds, from which ablations take something away."""
     pairs = {(row["pair"], row["seed"]) for row in ablations}
     final = [row for row in rows if row["kind"] == "final" and (row["pair"], row["seed"]) in pairs]
     return [row for row in final if row["method"] in SHOWN and set(row["options"]) <= {"ds2s"}]
 
 
 def _results(rows: Sequence[Row], score: str) -> str:
-    """Returns a table: a line a method; for each pair mean and spread (seeds), and gain over ce paired by seed."""
+    """Return a table: a line a method; for each pair mean and spread (seeds), and gain over ce paired by seed."""
     pairs = pairs_of(rows)
     heads = [pair.replace(":", " -> ") for pair in pairs]
     lines = [
@@ -127,7 +127,7 @@ def _signed(values: Sequence[float]) -> str:
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Draws validation accuracy over epochs, the mean over the seeds, a panel a pair."""
+    """Draw validation accuracy over epochs, the mean over the seeds, a panel a pair."""
     pairs = pairs_of(rows)
     figure, panels = _panels(len(pairs))
     others = _best_others(rows)
@@ -149,14 +149,14 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
 
 
 def _best_others(rows: Sequence[Row]) -> list[str]:
-    """Returns the baseline with the best mean, beside those that are shown anyway."""
+    """Return the baseline with the best mean, beside those that are shown anyway."""
     others = dict.fromkeys(name_of(row) for row in rows if row["method"] not in SHOWN)
     means = {name: statistics.mean(row["test"] for row in rows if name_of(row) == name) for name in others}
     return sorted(means, key=lambda name: -means[name])[:1]
 
 
 def draw_cost(rows: Sequence[Row], path: Path) -> None:
-    """Draws mean test accuracy against the time of a run, a panel a pair."""
+    """Draw mean test accuracy against the time of a run, a panel a pair."""
     pairs = pairs_of(rows)
     figure, panels = _panels(len(pairs), width=6.4)
     for panel, pair in zip(panels, pairs, strict=True):
@@ -179,7 +179,7 @@ def draw_cost(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_features(students: Path, teachers: Path, output: Path) -> None:
-    """Draws what features look like on validation images: CKA of all stages, and energies of sub-bands."""
+    """Draw what features look like on validation images: CKA of all stages, and energies of sub-bands."""
     split, similarities, energies = load_split(), {}, {}
     for pair in PAIRS:
         if not all(student_path(students, pair, method).exists() for method in SHOWN):
@@ -205,7 +205,7 @@ def draw_features(students: Path, teachers: Path, output: Path) -> None:
 
 @torch.no_grad()
 def stage_maps(model: nn.Module, size: int, split: Split) -> list[Tensor]:
-    """Returns the maps ``[N, C, h, w]`` of a model's four stages for every fifth validation image."""
+    """Return the maps ``[N, C, h, w]`` of a model's four stages for every fifth validation image."""
     tap = Distiller(None, model, "ce", input_size=size).eval().taps["student"]
     tap.select([stage.name for stage in choose_stages(tap.listed)])
     parts = [tap.run(images).maps for images in split.validation[0][::5].split(250)]
@@ -213,20 +213,20 @@ def stage_maps(model: nn.Module, size: int, split: Split) -> list[Tensor]:
 
 
 def cka(x: Tensor, y: Tensor) -> float:
-    """Returns the linear centred kernel alignment of features ``[N, P]`` and ``[N, Q]`` (arXiv 1905.00414)."""
+    """Return the linear centred kernel alignment of features ``[N, P]`` and ``[N, Q]`` (arXiv 1905.00414)."""
     x, y = x - x.mean(0), y - y.mean(0)
     return float((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 def band_energies(maps: Tensor) -> list[float]:
-    """Returns the shares of energy in the low band, and in the details from coarse to fine, of centred 4 x 4 maps."""
+    """Return the shares of energy in the low band, and in the details from coarse to fine, of centred 4 x 4 maps."""
     bands = dwt2(to_grid(maps - maps.mean(0), (4, 4)), "haar", LEVELS)
     parts = [float(x.square().sum()) for x in (bands.low, *reversed(bands.details))]
     return [part / sum(parts) for part in parts]
 
 
 def draw_cka(similarities: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
-    """Draws a row of heat maps a pair: stages of the student against stages of the teacher."""
+    """Draw a row of heat maps a pair: stages of the student against stages of the teacher."""
     columns = len(next(iter(similarities.values())))
     figure, panels = _panels(columns * len(similarities), per_row=columns, width=2.6, height=2.6)
     for number, (pair, of_pair) in enumerate(similarities.items()):
@@ -250,7 +250,7 @@ def _places(values: Sequence[Sequence[float]]) -> Iterable[tuple[int, int]]:
 
 
 def draw_bands(energies: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draws bars of the shares of energy by sub-band, of the third stage of teacher and students, a panel a pair."""
+    """Draw bars of the shares of energy by sub-band, of the third stage of teacher and students, a panel a pair."""
     figure, panels = _panels(len(energies))
     names = ["low band", *(f"details, level {level}" for level in range(LEVELS, 0, -1))]
     for panel, (pair, of_pair) in zip(panels, energies.items(), strict=True):

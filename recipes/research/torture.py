@@ -30,7 +30,7 @@ TIMING = ("seconds", "images_per_second")
 
 
 def train(folder: Path, method: str) -> None:
-    """Trains from the newest checkpoint in ``folder`` to the end."""
+    """Train from the newest checkpoint in ``folder`` to the end."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     vit = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -55,7 +55,7 @@ def train(folder: Path, method: str) -> None:
 
 
 def in_child(folder: Path, method: str, seconds: float | None) -> bool:
-    """Trains in a child process, and kills it after so many seconds; says whether it finished before."""
+    """Train in a child process, and kills it after so many seconds; say whether it finished before."""
     child = os.fork()
     if child == 0:
         try:
@@ -74,7 +74,7 @@ def in_child(folder: Path, method: str, seconds: float | None) -> bool:
 
 
 def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """Returns all tensors of the last checkpoint and the saved student, and the history without its timing."""
+    """Return all tensors of the last checkpoint and the saved student, and the history without its timing."""
     import json
 
     saved = RunFolder(folder, resume=True).load_checkpoint()
@@ -85,7 +85,7 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]
 
 
 def torture(kills: int, method: str, seed: int, folder: Path) -> int:
-    """Kills a run ``kills`` times and compares it with a whole one.
+    """Kill a run ``kills`` times and compare it with a whole one.
 
     Returns:
         How many of the kills hit a run that was under way and had written a checkpoint before.
@@ -116,7 +116,7 @@ def compare(
     expected: tuple[dict[str, torch.Tensor], list[dict[str, float]]],
     found: tuple[dict[str, torch.Tensor], list[dict[str, float]]],
 ) -> None:
-    """Raises AssertionError for the first tensor or record that differs in a bit."""
+    """Raise AssertionError for the first tensor or record that differs in a bit."""
     assert expected[0].keys() == found[0].keys(), "other tensors"
     for name, x in expected[0].items():
         assert torch.equal(x, found[0][name]), f"{name} differs"
@@ -124,7 +124,7 @@ def compare(
 
 
 def main() -> None:
-    """Reads the command line, tortures, reports."""
+    """Read the command line, torture, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--method", default="sfkd")

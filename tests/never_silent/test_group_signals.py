@@ -9,15 +9,13 @@ import time
 
 import pytest
 from PIL import Image
-from running import end
+from running import end, finish
 from torch.utils.data import DataLoader, Dataset
 
-from hetkd.training.signals import QuietWorker, quietly
+from hetkd.training.signals import quietly, with_quiet_workers
 
 GROUP = """
 import sys, timm, torch
-from PIL import Image
-from running import end
 from pathlib import Path
 from hetkd import Distiller
 folder = Path(sys.argv[1])
@@ -55,6 +53,32 @@ def test_a_signal_to_the_whole_group_ends_with_a_checkpoint(tmp_path, name):
     assert max(checkpoints.glob("step-*")) > before
 
 
+KEPT = """
+import sys, timm, torch
+from hetkd import Distiller
+
+class Breaks(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+    def __getitem__(self, index):
+        if index == 9:
+            raise ArithmeticError("in a loading process")
+        return torch.rand(3, 32, 32), index % 2
+
+distiller = Distiller(None, timm.create_model("test_resnet", num_classes=2), "ce", input_size=32)
+try:
+    distiller.fit(Breaks(), epochs=1, batch_size=4, num_workers=2, cpu=True, progress=False)
+except ArithmeticError as error:
+    kept = error  # and by its traceback the loading processes
+"""
+
+
+@pytest.mark.slow
+def test_an_error_that_is_kept_does_not_keep_the_interpreter_from_ending():
+    done = finish([sys.executable, "-W", "ignore", "-c", KEPT], 90)
+    assert done.returncode == 0, done.stderr
+
+
 class Stuck(Dataset):
     """Its second image never comes."""
 
@@ -68,7 +92,7 @@ class Stuck(Dataset):
 
 @pytest.mark.slow
 def test_a_stuck_loading_process_ends_with_the_run():
-    batches = quietly(DataLoader(Stuck(), num_workers=1, worker_init_fn=QuietWorker(None)))
+    batches = quietly(with_quiet_workers(DataLoader(Stuck(), num_workers=1)))
     next(batches)
     (worker,) = multiprocessing.active_children()
     batches.close()

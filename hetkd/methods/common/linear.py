@@ -32,7 +32,7 @@ class LinearMap(nn.Module):
 
 
 def mix_channels(weight: Tensor, x: Tensor) -> Tensor:
-    """Mixes the channels of ``[B, C, ...]`` by ``[D, C]``: a 1x1 convolution of whatever comes behind the channels."""
+    """Mix the channels of ``[B, C, ...]`` by ``[D, C]``: a 1x1 convolution of whatever comes behind the channels."""
     return torch.einsum("dc,bc...->bd...", weight, x)
 
 

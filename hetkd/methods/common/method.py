@@ -14,7 +14,7 @@ from hetkd.spectral.precision import at_least_float32
 from hetkd.utils.checks import Registry, check_option_names, not_negative, positive
 
 Targets = dict[str, Tensor]
-"""What `Method.encode` makes of the teacher's features: named tensors, batch first, without gradient."""
+"""Targets that `Method.encode` makes from the teacher's features: named tensors, batch first, without gradient."""
 
 methods: Registry[type["Method"]] = Registry("method")
 MethodClass = TypeVar("MethodClass", bound=type["Method"])

@@ -1,4 +1,4 @@
-"""What the methods that compare features share: stage weights and the loop over stage pairs."""
+"""Base of the methods that compare features: stage weights and the loop over stage pairs."""
 
 import math
 from abc import abstractmethod

@@ -1,4 +1,4 @@
-"""How coefficients of student and teacher are standardised and compared."""
+"""Standardise and compare coefficients of student and teacher."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _RELATIVE_EPS = 1e-10
 
 
 def standardize_sample(x: Tensor) -> Tensor:
-    """Divides each sample ``[B, ...]`` by the root mean square of its own coefficients."""
+    """Divide each sample ``[B, ...]`` by the root mean square of its own coefficients."""
     return x * (x.square().mean(dim=tuple(range(1, x.ndim)), keepdim=True) + _EPS).rsqrt()
 
 
@@ -58,7 +58,7 @@ def correlation_losses(
     is_complex: bool = False,
     decorrelation: float = 0.0,
 ) -> list[Tensor]:
-    r"""Compares coefficients of some stages by their correlation over the batch of all processes.
+    r"""Compare coefficients of some stages by their correlation over the batch of all processes.
 
     .. math:: L = \frac{\sum_k w_k (1 - \rho_k)^2}{\sum_k w_k}, \quad
         \rho_k = \frac{\mathrm{Re} \sum_b \tilde s_{bk} \overline{\tilde t_{bk}}}{\|\tilde s_k\| \|\tilde t_k\|}
@@ -153,7 +153,7 @@ def _weighted_means(x: Tensor, weight: Tensor, sizes: list[int]) -> list[Tensor]
 
 
 def infonce(student: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
-    """Contrasts each student sample's target with those of all other samples (InfoNCE, arXiv 1807.03748).
+    """Contrast each student sample's target with those of all other samples (InfoNCE, arXiv 1807.03748).
 
     Args:
         student: ``[B, ...]``.

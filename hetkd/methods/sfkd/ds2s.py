@@ -70,7 +70,7 @@ class DS2S(nn.Module):
         return to_bands(self.refined(to_groups(bands)))
 
     def refined(self, groups: list[Tensor]) -> list[Tensor]:
-        """Refines bands that are stacked by their grids; see `to_groups`."""
+        """Refine bands that are stacked by their grids; see `to_groups`."""
         groups = [self._within_bands(index, x) for index, x in enumerate(groups)]
         if self.exchange is not None:
             groups = self._across_bands(groups, self.exchange)
@@ -106,7 +106,7 @@ class DS2S(nn.Module):
 
 
 def to_groups(bands: Bands) -> list[Tensor]:
-    """Stacks bands of one grid: ``[B, D, bands, h, w]``, finest first, the low band with the coarsest."""
+    """Stack bands of one grid: ``[B, D, bands, h, w]``, finest first, the low band with the coarsest."""
     low = bands.low.unsqueeze(2)
     if not bands.details:
         return [low]
@@ -120,7 +120,7 @@ def to_bands(groups: list[Tensor]) -> Bands:
 
 
 def _share(x: Tensor, like: Tensor, share: Tensor) -> Tensor:
-    """Mixes bands ``[B, D, s, h, w]`` by ``[D, t, s]`` and brings them to another grid, in the cheaper order."""
+    """Mix bands ``[B, D, s, h, w]`` by ``[D, t, s]`` and bring them to another grid, in the cheaper order."""
     if x.shape[-2] > like.shape[-2]:
         return _mix(_resample(x, like), share)
     return _resample(_mix(x, share), like)
@@ -131,7 +131,7 @@ def _mix(x: Tensor, share: Tensor) -> Tensor:
 
 
 def _resample(x: Tensor, like: Tensor) -> Tensor:
-    """Brings bands to the grid of another level, which is a power of two coarser or finer."""
+    """Bring bands to the grid of another level, which is a power of two coarser or finer."""
     if x.shape[-2:] == like.shape[-2:]:
         return x
     size, flat = like.shape[-2:], x.flatten(1, 2)

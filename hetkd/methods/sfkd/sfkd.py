@@ -234,7 +234,7 @@ class SFKD(StagewiseMethod):
         return self._through(RefinedSpectra.__call__, maps)
 
     def _through(self, what: Callable[..., Sequence[Tensor]], maps: list[Tensor]) -> list[Tensor]:
-        """Brings maps to their common grids, and those of one grid through its transforms together."""
+        """Bring maps to their common grids, and those of one grid through its transforms together."""
         found: dict[int, Tensor] = {}
         for shared in cast(list[RefinedSpectra], self.shared):
             on_grid = [to_grid(maps[index], self._grids[index]) for index in shared.stages]
