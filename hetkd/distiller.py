@@ -110,13 +110,17 @@ class Distiller(Distillation):
         *,
         views: int = 1,
         top_k: int | None = None,
+        maps: bool = False,
         batch_size: int = 128,
         num_workers: int = 0,
         unreadable: str = "error",
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """Run the teacher once over ``views`` augmented views of each training image, and keep the method's targets.
+        """Run the teacher once over ``views`` augmented views of each training image, and record its answers.
+
+        A method on logits records logits, and its cache serves every method on logits. A feature method records its own
+        targets, which are small; with ``maps=True`` the teacher's maps, for every method and student.
 
         ``fit(train, teacher_cache=path)`` then trains from them without running the teacher: epoch e uses view e modulo
         ``views``. Augmentation is a pure function of (seed, view, image), so the student sees the same images as the
@@ -128,6 +132,8 @@ class Distiller(Distillation):
             path: A folder; its size in bytes is printed first.
             views: Augmented views of each image.
             top_k: Logits kept an image; the other classes share the rest of the probability. ``None``: all.
+            maps: Record the maps of the teacher's stages as they are, in half precision: larger, but for any method and
+                student that reads these stages.
             batch_size: Images a forward of the teacher.
             num_workers: Processes that load images.
             unreadable: As for `fit`.
@@ -156,6 +162,8 @@ class Distiller(Distillation):
             Path(path),
             views=views,
             top_k=top_k,
+            maps=maps,
+            loading={"size": list(size), "interpolation": spec.interpolation},
             batch_size=batch_size,
             num_workers=num_workers,
             report=print if progress else lambda line: None,

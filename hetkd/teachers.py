@@ -46,9 +46,13 @@ class Teachers(Sequence[nn.Module]):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Encoded:
         """Run the teachers on raw images ``[B, C, H, W]``, and encode their features for the method."""
-        if not self.taps:
+        return self.encode_features([tap.run(images) for tap in self.taps])
+
+    @torch.no_grad()
+    def encode_features(self, features: Sequence[Features]) -> Encoded:
+        """Encode the features of each teacher for the method, as `encode` does."""
+        if not features:
             return Encoded({}, None)
-        features = [tap.run(images) for tap in self.taps]
         targets = [part.encode(x) for part, x in zip(parts_of(self.method, len(features)), features, strict=True)]
         if len(targets) == 1:
             return Encoded(targets[0], features[0].logits)

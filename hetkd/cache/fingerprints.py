@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hetkd.cache.records import TeacherCache, is_logits
+from hetkd.cache.records import TeacherCache
 from hetkd.data.images import TensorImages, TransformedImages
 from hetkd.methods.common.method import Method
 from hetkd.teachers import Teachers
@@ -17,6 +17,12 @@ _WORDS = {
     "data": "data set or input transform",
     "inputs": "size or normalisation of the images that a teacher sees",
     "samples": "number of images",
+}
+_ONE_FOR_ALL = " (cache_teacher(..., maps=True) makes one for all methods and students)"
+_CURES = {
+    "method": _ONE_FOR_ALL,
+    "stages": _ONE_FOR_ALL,
+    "data": " (a student larger than the one that it was made with needs larger images)",
 }
 
 
@@ -39,13 +45,21 @@ def check_cache(cache: TeacherCache, teachers: Teachers, dataset: TransformedIma
     Raises:
         ValueError: If anything differs; the message says what.
     """
-    for name, value in fingerprints(teachers, dataset).items():
+    needed = fingerprints(teachers, dataset)
+    if cache.holds_features_for(teachers):
+        del needed["method"], needed["stages"]
+        for number, tap in enumerate(teachers.taps):
+            for stage in tap.names:
+                cache.map_of(number, stage)
+    for name, value in needed.items():
         if cache.about.get(name) != value:
+            cure = _CURES.get(name, "")
             raise ValueError(
                 f"teacher_cache={str(cache.path)!r} was made with another {_WORDS.get(name, name)}"
-                f"{_difference(cache.about.get(name), value)}."
+                f"{_difference(cache.about.get(name), value)}{cure}."
             )
-    if teachers.method.uses_teacher_logits and not any(is_logits(name) for name in cache.about["shapes"]):
+    wanted = {cache.logits_of(number) for number in range(len(teachers.taps))}
+    if teachers.method.uses_teacher_logits and not wanted <= set(cache.about["shapes"]):
         raise ValueError(
             f"teacher_cache={str(cache.path)!r} was made with kd_weight=0 and holds no logits: use kd_weight=0, or "
             "make a cache with logits."

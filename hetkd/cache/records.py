@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 
 from hetkd.data.seeding import sample_seed
-from hetkd.teachers import RecordedTeacher
+from hetkd.features.adapter import Features
+from hetkd.methods.common.combined import target_name
+from hetkd.models.inputs import InputSpec
+from hetkd.teachers import RecordedTeacher, Teachers
 from hetkd.utils.files import checksum
 
 INDEX, BASES = "index.json", "bases.safetensors"
@@ -60,6 +64,18 @@ class TeacherCache:
         """The cached teachers, without their weights."""
         return [RecordedTeacher.from_json(str(self.path), values) for values in self.about["teachers"]]
 
+    def loading(self, size: tuple[int, int], spec: InputSpec) -> tuple[tuple[int, int], InputSpec]:
+        """Return how images are loaded to be those of the cache: as then, if that is large enough for the models now.
+
+        Args:
+            size: Height and width that the models want now.
+            spec: The student's settings now.
+        """
+        then = self.about.get("loading")
+        if then is None or then["size"][0] < size[0] or then["size"][1] < size[1]:
+            return size, spec
+        return (then["size"][0], then["size"][1]), replace(spec, interpolation=then["interpolation"])
+
     def verify(self) -> None:
         """Read everything once and compare checksums.
 
@@ -96,8 +112,44 @@ class TeacherCache:
             for field, x in fields.items()
         }
 
-    def targets(self, records: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn a batch of records back into targets for `hetkd.Method.forward`, in float32."""
+    def holds_features_for(self, teachers: Teachers) -> bool:
+        """Say whether the records are the teachers' own features, which their method encodes anew."""
+        return bool(self.about.get("features")) or not teachers.method.compares_features
+
+    def targets(self, records: Mapping[str, Tensor], teachers: Teachers) -> dict[str, Tensor]:
+        """Turn a batch of records into targets for `hetkd.Method.forward`, in float32."""
+        found = self.recorded(records)
+        if not self.holds_features_for(teachers):
+            return found
+        features = [
+            Features(found.get(self.logits_of(number)), tuple(found[self.map_of(number, name)] for name in tap.names))
+            for number, tap in enumerate(teachers.taps)
+        ]
+        return teachers.encode_features(features).targets
+
+    def logits_of(self, teacher: int) -> str:
+        """Return the name of the logits of a teacher in `recorded`."""
+        return self._name(teacher, "logits")
+
+    def map_of(self, teacher: int, stage: str) -> str:
+        """Return the name of a teacher's map in `recorded`.
+
+        Raises:
+            ValueError: If it is not recorded.
+        """
+        stages: list[str] = self.about["features"][teacher] if self.about.get("features") else []
+        if stage not in stages:
+            raise ValueError(
+                f"teacher_cache={str(self.path)!r} holds no map of {stage} (it has {', '.join(stages) or 'no maps'}): "
+                "choose other stages, or make a cache with it: distiller.cache_teacher(..., maps=True)."
+            )
+        return self._name(teacher, f"stage{stages.index(stage)}")
+
+    def _name(self, teacher: int, name: str) -> str:
+        return name if len(self.about["teachers"]) == 1 else target_name(teacher, name)
+
+    def recorded(self, records: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a batch of records holds, by name, in float32."""
         targets: dict[str, Tensor] = {}
         for name in self.about["shapes"]:
             if is_logits(name):

@@ -46,6 +46,8 @@ def write_cache(
     *,
     views: int,
     top_k: int | None,
+    maps: bool,
+    loading: Mapping[str, Any],
     batch_size: int,
     num_workers: int,
     report: Report,
@@ -58,11 +60,17 @@ def write_cache(
         while not is_complete(path):
             time.sleep(1)
         return
+    features = None
+    if maps or not teachers.method.compares_features:  # for any method that reads them
+        features = [list(tap.names) for tap in teachers.taps]
+        teachers = Teachers(teachers.taps, Method(ce_weight=0))
     shapes = _target_shapes(teachers, dataset, batch_size)
     dtype = record_dtype(shapes, top_k)
     facts = {"views": views, "top_k": top_k, "shapes": shapes, "seed": dataset.seed}
     about: dict[str, Any] = {
         **facts,
+        "features": features,
+        "loading": loading,
         **fingerprints(teachers, dataset),
         "teachers": _records_of_teachers(teachers),
         "shards": {},

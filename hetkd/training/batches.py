@@ -137,7 +137,8 @@ class Batches:
             if self.cache is not None:
                 images, labels, records = batch
                 labels = labels if self.has_labels else None
-                targets = self.cache.targets({name: x.to(self.device) for name, x in records.items()})
+                records = {name: x.to(self.device) for name, x in records.items()}
+                targets = self.cache.targets(records, self._distillation.teachers)
             else:
                 images, labels = images_and_labels(batch)
             if labels is None:

@@ -135,11 +135,14 @@ def _train_loader(
         check_cache(cache, distillation.teachers, dataset)
         return CachedImages(dataset, cache)
 
+    size, spec = distillation.loading_size, distillation.student_inputs.spec
+    if cache is not None:
+        size, spec = cache.loading(size, spec)
     return make_loader(
         train,
         what="train",
-        size=distillation.loading_size,
-        spec=distillation.student_inputs.spec,
+        size=size,
+        spec=spec,
         batch_size=options.batch_size,
         train=True,
         num_workers=options.num_workers,

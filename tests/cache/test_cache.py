@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import tiny_cnn, tiny_vit
+from conftest import tiny_cnn, tiny_norm_free, tiny_vit
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -80,12 +80,69 @@ def test_the_cache_alone_refuses_what_it_does_not_hold(tmp_path, folder):
     make().cache_teacher(folder, tmp_path / "cache", progress=False)
     with pytest.raises(ValueError, match="stage of the cached teacher"):
         Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "sfkd", stages=[("blocks.9", "layer4")], input_size=32)
-    with pytest.raises(ValueError, match="made with another method"):
+    with pytest.raises(ValueError, match=r"made with another method.*maps=True"):
         Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "uhkd", input_size=32).fit(folder, epochs=1, **QUIET)
     with pytest.raises(ValueError, match="holds no cache"):
         Distiller("cache:nowhere", tiny_cnn(), "sfkd")
     with pytest.raises(ValueError, match="was made at 32 x 32: leave it out"):
         Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "sfkd", input_size={"teacher": 64, "student": 32})
+
+
+def same_as_live(folder, cache, method, student=None, **options) -> None:
+    """Trains live, from the cache, and from the cache alone."""
+
+    def distiller(teacher) -> Distiller:
+        torch.manual_seed(0)
+        own = tiny_cnn() if student is None else student()
+        own.pretrained_cfg["interpolation"] = tiny_cnn().pretrained_cfg["interpolation"]  # the cache's images, live too
+        return Distiller(teacher, own, method, input_size=32, **options)
+
+    live = terms(distiller(make().teacher).fit(folder, epochs=1, batch_size=8, **QUIET))
+    cached = terms(distiller(make().teacher).fit(folder, epochs=1, batch_size=8, teacher_cache=cache, **QUIET))
+    alone = terms(distiller(f"cache:{cache}").fit(folder, epochs=1, batch_size=8, **QUIET))
+    assert cached == alone
+    for name, value in live[0].items():
+        assert cached[0][name] == pytest.approx(value, rel=5e-3, abs=5e-3), name
+
+
+def test_cached_logits_serve_every_method_on_logits(tmp_path, folder):
+    make("kd").cache_teacher(folder, tmp_path / "kd", progress=False)
+    make("sfkd").cache_teacher(folder, tmp_path / "sfkd", progress=False)
+    for method in ("dkd", "dist", ["kd", "dkd"]):
+        same_as_live(folder, tmp_path / "kd", method)
+    same_as_live(folder, tmp_path / "sfkd", "dkd", student=tiny_norm_free)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("sfkd", {}), ("sfkd", {"reduction": "pca", "width": 8}), ("uhkd", {}), ("fitnet", {}), ("kd", {})],
+)
+def test_cached_maps_serve_every_method_and_student(tmp_path, folder, method, options):
+    make("sfkd").cache_teacher(folder, tmp_path / "maps", maps=True, batch_size=7, progress=False)
+    same_as_live(folder, tmp_path / "maps", method, student=tiny_norm_free, **options)
+
+
+def test_cached_maps_of_several_teachers(tmp_path, folder):
+    def distiller(teachers, method) -> Distiller:
+        torch.manual_seed(0)
+        return Distiller(teachers, tiny_cnn(), method, input_size=32)
+
+    teachers = [make().teacher, make().teacher.requires_grad_(False)]
+    nn.init.normal_(teachers[1].head.weight)
+    distiller(teachers, "sfkd").cache_teacher(folder, tmp_path / "maps", maps=True, progress=False)
+    live = terms(distiller(teachers, "uhkd").fit(folder, epochs=1, batch_size=8, **QUIET))
+    alone = terms(distiller(f"cache:{tmp_path / 'maps'}", "uhkd").fit(folder, epochs=1, batch_size=8, **QUIET))
+    for name, value in live[0].items():
+        assert alone[0][name] == pytest.approx(value, rel=5e-3, abs=5e-3), name
+
+
+def test_maps_that_are_not_cached_are_refused(tmp_path, folder):
+    make("sfkd", stages=[-1]).cache_teacher(folder, tmp_path / "maps", maps=True, progress=False)
+    with pytest.raises(ValueError, match=r"holds no map of blocks\.\d+ \(it has blocks\.\d+\): .*maps=True"):
+        make("uhkd").fit(folder, epochs=1, teacher_cache=tmp_path / "maps", **QUIET)
+    make("kd").cache_teacher(folder, tmp_path / "logits", progress=False)
+    with pytest.raises(ValueError, match=r"holds no map of blocks.0 \(it has no maps\).*maps=True"):
+        make("uhkd").fit(folder, epochs=1, teacher_cache=tmp_path / "logits", **QUIET)
 
 
 def test_tensors_and_few_logits(tmp_path):
@@ -97,7 +154,7 @@ def test_tensors_and_few_logits(tmp_path):
     expected = distiller.eval()(images[5:6]).teacher_logits.softmax(1)
     untouched = TeacherCache(tmp_path / "cache")
     assert len(pickle.dumps(cache)) == len(pickle.dumps(untouched)), "a loading process opens files itself"
-    found = cache.targets(record)["logits"].softmax(1)
+    found = cache.recorded(record)["logits"].softmax(1)
     top = expected.topk(3).indices
     torch.testing.assert_close(found.gather(1, top), expected.gather(1, top), rtol=2e-3, atol=1e-4)
     assert found.scatter(1, top, 0).sum().item() == pytest.approx(expected.scatter(1, top, 0).sum().item(), abs=1e-3)
