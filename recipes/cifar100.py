@@ -6,8 +6,9 @@
 
 The protocol is that of OFA-KD (Hao et al., arXiv 2310.19444): images enlarged to 224 px, 128 a process, 300 epochs,
 cosine; CNN students by SGD, ViT and MLP students by AdamW with RandAugment, mixup and cutmix. Its learning rate is
-not scaled with processes, so the effective batch (in `settings.json`) belongs to every figure. What it does not
-state is said here: test images are enlarged whole, teachers are fine-tuned by `FINETUNING`.
+not scaled with processes, so the effective batch (in `settings.json`) belongs to every figure. Methods that compare
+stages do so at the blocks of OFA-KD's code (`STAGES`). The paper leaves two things open: here, test images are enlarged
+whole, and teachers are fine-tuned by `FINETUNING`.
 
 `--small` takes 10,000 images at their 32 px and small models of the same families, and trains the teacher too; its
 figures compare with nothing in print.
@@ -48,6 +49,15 @@ PAIRS = [
     *(f"{teacher}:{student}" for student in ("deit_t", "swin_p") for teacher in ("convnext_t", "mixer_b")),
     *(f"{teacher}:resmlp_s12" for teacher in ("convnext_t", "swin_t")),
 ]
+BLOCKS = ("blocks.1", "blocks.3", "blocks.9", "blocks.11")  # of 12, in ViT, DeiT, Mixer and ResMLP
+STAGES = {
+    "convnext_t": ("stages.0", "stages.1", "stages.2", "stages.3"),
+    "mobilenetv2": ("blocks.1", "blocks.2", "blocks.4", "bn2"),
+    "resnet18": ("layer1", "layer2", "layer3", "layer4"),
+    "swin_p": ("layers.0", "layers.1", "layers.2", "layers.3"),
+    "swin_t": ("layers.0", "layers.1", "layers.2", "layers.3"),
+}
+METHODS_AT_STAGES = ("at", "fitnet", "ofa", "sfkd", "uhkd")
 CNN_PROTOCOL: dict[str, Any] = {
     "epochs": 300,
     "batch_size": 128,
@@ -161,7 +171,9 @@ def distil(arguments: argparse.Namespace) -> None:
     if arguments.method != "ce":
         teacher = build_teacher(teacher_name, pretrained=False)
         load_weights(teacher, teacher_weights(arguments, teacher_name))
-    options = METHOD_OPTIONS.get(arguments.method, {})
+    options = dict(METHOD_OPTIONS.get(arguments.method, {}))
+    if arguments.method in METHODS_AT_STAGES:
+        options["stages"] = stages_of(teacher_name, student_name)
     distiller = Distiller(teacher, student, arguments.method, normalized=(MEAN, STD), **options)
     is_cnn = student_name in CNN_STUDENTS
     protocol = dict(CNN_PROTOCOL if is_cnn else OTHER_PROTOCOL)
@@ -224,6 +236,11 @@ def build_student(name: str) -> nn.Module:
         return model
     timm_name = {**CNN_STUDENTS, **OTHER_STUDENTS}[name]
     return load_model(f"timm:{timm_name}", pretrained=False, num_classes=CLASSES, pretrained_cfg_overlay=overlay)
+
+
+def stages_of(teacher: str, student: str) -> list[tuple[str, str]]:
+    """Return the stage pairs of OFA-KD's code."""
+    return list(zip(STAGES.get(teacher, BLOCKS), STAGES.get(student, BLOCKS), strict=True))
 
 
 def teacher_weights(arguments: argparse.Namespace, name: str) -> Path:

@@ -28,6 +28,20 @@ def test_cifar100_protocols_and_pairs():
         torch.testing.assert_close(distiller.student_inputs(x), x)
 
 
+@pytest.mark.parametrize("pair", ["mixer_b:mobilenetv2", "convnext_t:resmlp_s12"])
+def test_cifar100_compares_the_stages_of_the_literature(pair):
+    import cifar100
+
+    teacher, student = pair.split(":")
+    models = cifar100.build_teacher(teacher, pretrained=False), cifar100.build_student(student)
+    distiller = Distiller(*models, "at", stages=cifar100.stages_of(teacher, student))
+    chosen = [(each.teacher.name, each.student.name) for each in distiller.method.pairs]
+    isotropic = {"mixer_b", "deit_t", "resmlp_s12"}
+    for side, name in enumerate((teacher, student)):
+        if name in isotropic:
+            assert [names[side] for names in chosen] == ["blocks.1", "blocks.3", "blocks.9", "blocks.11"]
+
+
 def test_cifar100_finetunes_and_distils_in_its_shortest_form(tmp_path, monkeypatch, capsys, data_folder):
     import cifar100
 
