@@ -119,21 +119,17 @@ class Distiller(Distillation):
     ) -> None:
         """Run the teacher once over ``views`` augmented views of each training image, and record its answers.
 
-        A method on logits records logits, and its cache serves every method on logits. A feature method records its own
-        targets, which are small; with ``maps=True`` the teacher's maps, for every method and student.
-
-        ``fit(train, teacher_cache=path)`` then trains from them without running the teacher: epoch e uses view e modulo
-        ``views``. Augmentation is a pure function of (seed, view, image), so the student sees the same images as the
-        teacher did. Stopped and called again, it goes on. It runs where `fit` would train: on the accelerator, if there
-        is one.
+        ``fit(train, teacher_cache=path)`` then trains without running the teacher. Seed, view and image number decide
+        each augmentation, and epoch e uses view e modulo ``views``. Stopped and called again, it goes on. A method on
+        logits records logits, and its cache serves every method on logits. A feature method records its own targets,
+        which are small; with ``maps=True`` the teacher's maps, for every method and student.
 
         Args:
             train: As for `fit`, but no loader.
             path: A folder; its size in bytes is printed first.
             views: Augmented views of each image.
             top_k: Logits kept an image; the other classes share the rest of the probability. ``None``: all.
-            maps: Record the maps of the teacher's stages as they are, in half precision: larger, but for any method and
-                student that reads these stages.
+            maps: Record the maps of the teacher's stages themselves, in half precision.
             batch_size: Images a forward of the teacher.
             num_workers: Processes that load images.
             unreadable: As for `fit`.
@@ -150,8 +146,7 @@ class Distiller(Distillation):
         if not self.teachers.taps:
             raise ValueError(f"{self.method.title} uses no teacher, so there is nothing to cache.")
         whole_number("views", views)
-        if top_k is not None:
-            whole_number("top_k", top_k)
+        whole_number("top_k", 1 if top_k is None else top_k)
         size, spec = self.loading_size, self.student_inputs.spec
         skip = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
         dataset = make_dataset(train, what="train", spec=spec, size=size, train=True, seed=seed, skip_unreadable=skip)

@@ -3,13 +3,17 @@
 import gzip
 import hashlib
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from hetkd.data.classes import class_names
+from hetkd.data.folders import open_folder
+from hetkd.data.images import TransformedImages, make_dataset
+from hetkd.models.inputs import IMAGENET_MEAN, IMAGENET_STD, InputSpec
 
 CACHE = Path.home() / ".cache" / "hetkd"
 SYSTEM_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -37,13 +41,11 @@ def load_splits(name: str) -> Splits:
     """
     if name.startswith("hf:"):
         train, val = hub_splits(name)
-        return Splits(train, val, list(train.features[_column(name, train.features, "ClassLabel")].names))
-    from torchvision.datasets import ImageFolder
-
+        return Splits(train, val, _classes_of(train, name))
     splits = {split: Path(name) / split for split in ("train", "val") if (Path(name) / split).is_dir()}
     if len(splits) < 2:
         raise ValueError(f"{name!r} needs the folders train/ and val/, one folder of images a class each.")
-    return Splits(str(splits["train"]), str(splits["val"]), ImageFolder(str(splits["train"])).classes)
+    return Splits(str(splits["train"]), str(splits["val"]), _classes_of(open_folder(splits["train"], "train"), name))
 
 
 def hub_splits(name: str, *, streaming: bool = False) -> tuple[Any, Any]:
@@ -131,7 +133,8 @@ def load_images(name: str, pixels: int = 64) -> ImageData:
     Args:
         name: ``"cifar100"`` or ``"fashion-mnist"`` (found or downloaded), ``"hf:NAME"``, or a folder: with ``train/``
             and ``val/`` (or ``test/``), or with the four files of an MNIST-like set.
-        pixels: For images of many sizes: the shorter side is resized to it, and the middle cut out.
+        pixels: For images of many sizes: the shorter side is resized to it and the middle cut out, as `evaluate` does
+            for the models of `hetkd.models.build_small`.
 
     Raises:
         ValueError: If there is no such data set, or it does not fit in memory.
@@ -141,7 +144,7 @@ def load_images(name: str, pixels: int = 64) -> ImageData:
     if name == "fashion-mnist":
         return _idx(name, _fashion_folder())
     if name.startswith("hf:"):
-        return _hugging_face(name, pixels)
+        return _in_memory(name, *hub_splits(name), pixels)
     if any(Path(name).glob("*-idx3-ubyte.gz")):
         return _idx(Path(name).resolve().name, Path(name))
     if Path(name).is_dir():
@@ -195,46 +198,42 @@ def _idx(name: str, folder: Path) -> ImageData:
 
 
 def _folder(path: Path, pixels: int) -> ImageData:
-    from torchvision.datasets import ImageFolder
-
-    test = next((path / split for split in ("val", "test") if (path / split).is_dir()), None)
-    if test is None or not (path / "train").is_dir():
+    val = next((path / split for split in ("val", "test") if (path / split).is_dir()), None)
+    if val is None or not (path / "train").is_dir():
         raise ValueError(f"{str(path)!r} needs train/ and val/ (or test/) with one folder a class each.")
-    splits = [ImageFolder(str(path / "train")), ImageFolder(str(test))]
-    if splits[0].classes != splits[1].classes:
-        raise ValueError(f"{str(path)!r}: {test.name}/ has other classes than train/.")
-    train, evaluation = (_decode(split, len(split), pixels, path.resolve().name) for split in splits)
-    return ImageData(path.resolve().name, train, evaluation, len(splits[0].classes))
+    return _in_memory(path.resolve().name, str(path / "train"), str(val), pixels)
 
 
-def _hugging_face(name: str, pixels: int) -> ImageData:
-    splits = hub_splits(name)
-    features = splits[0].features
-    image, label = (_column(name, features, kind) for kind in ("Image", "ClassLabel"))
-
-    def pairs(split: Any) -> Iterable[tuple[Any, int]]:
-        return ((sample[image], sample[label]) for sample in split)
-
-    train, evaluation = (_decode(pairs(split), len(split), pixels, name) for split in splits)
-    return ImageData(name, train, evaluation, features[label].num_classes)
-
-
-def _column(name: str, features: Any, kind: str) -> str:
-    columns = [column for column, feature in features.items() if type(feature).__name__ == kind]
-    if not columns:
-        raise ValueError(f"{name!r} has the columns {list(features)}, none of which is a {kind}.")
-    return columns[0]
+def _in_memory(name: str, train: Any, val: Any, pixels: int) -> ImageData:
+    """Load both splits as `hetkd.Distiller.evaluate` does for the models of `hetkd.models.build_small`."""
+    spec = InputSpec(3, (pixels, pixels), IMAGENET_MEAN, IMAGENET_STD, crop_ratio=1.0)
+    splits = [
+        make_dataset(data, what=what, spec=spec, size=spec.size, train=False)
+        for data, what in ((train, "train"), (val, "val"))
+    ]
+    classes = _classes_of(splits[0], name)
+    splits[1].order_classes(classes, "train", "val")
+    loaded = [_decode(split, pixels, name) for split in splits]
+    return ImageData(name, loaded[0], loaded[1], len(classes))
 
 
-def _decode(samples: Iterable[tuple[Any, int]], count: int, pixels: int, name: str) -> Labelled:
-    from torchvision.transforms import v2
+def _classes_of(dataset: Any, name: str) -> list[str]:
+    """Return the names of the classes.
 
+    Raises:
+        ValueError: If there are none.
+    """
+    classes = dataset.class_names if isinstance(dataset, TransformedImages) else class_names(dataset)
+    if not classes:
+        raise ValueError(f"{name!r} names no classes: it needs one folder a class, or a ClassLabel column.")
+    return list(classes)
+
+
+def _decode(dataset: TransformedImages, pixels: int, name: str) -> Labelled:
+    count = len(dataset)
     if count * 3 * pixels**2 > MOST_BYTES:
         raise ValueError(f"{name!r} takes {count * 3 * pixels**2 >> 30} GB at {pixels} px: use fewer pixels.")
-    transform: Callable[[Any], Tensor] = v2.Compose(
-        [v2.PILToTensor(), v2.Resize(pixels, antialias=True), v2.CenterCrop(pixels)]
-    )
     images, labels = torch.empty(count, 3, pixels, pixels, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
-    for index, (image, label) in enumerate(samples):
-        images[index], labels[index] = transform(image.convert("RGB")), label
+    for index in range(count):
+        images[index], labels[index] = dataset[index]
     return images, labels

@@ -29,7 +29,8 @@ def build_small(
             short names.
 
     Returns:
-        The model, and the input size that it takes (tokens need multiples of their size).
+        The model, which is evaluated on whole images (`hetkd.data.load_images`), and the input size that it takes
+        (tokens need multiples of their size).
 
     Raises:
         ValueError: If the name does not exist, or has no pretrained weights.
@@ -39,14 +40,26 @@ def build_small(
             raise ValueError(f"{name!r} is a small model without weights to start from.")
         step, make = _SMALL[name]
         size = step * math.ceil(pixels / step)
-        return make(size, num_classes=classes, in_chans=channels), size
+        return _on_whole_images(make(size, num_classes=classes, in_chans=channels)), size
     options: dict[str, Any] = {"num_classes": classes, "in_chans": channels, "pretrained": bool(pretrained)}
     if isinstance(pretrained, Path):
         options["pretrained_cfg_overlay"] = {"file": str(pretrained)}
     try:
-        return load_model(f"timm:{name}", img_size=pixels, **options), pixels
+        model = load_model(f"timm:{name}", img_size=pixels, **options)
     except TypeError:  # models without tokens take any size
-        return load_model(f"timm:{name}", **options), pixels
+        model = load_model(f"timm:{name}", **options)
+    return _on_whole_images(model), pixels
+
+
+def _on_whole_images(model: nn.Module) -> nn.Module:
+    """Have images resized without a crop of their middle."""
+    configuration = getattr(model, "pretrained_cfg", None)
+    if isinstance(configuration, dict):
+        whole = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"}
+        model.pretrained_cfg = {**configuration, **whole}  # type: ignore[assignment]
+    else:
+        model.input_settings = {"crop_ratio": 1.0, "source": "ImageNet's convention"}  # type: ignore[assignment]
+    return model
 
 
 def _vit(size: int, *, width: int = 128, depth: int = 6, heads: int = 4, **options: Any) -> nn.Module:
