@@ -1,11 +1,13 @@
-"""Kills a training again and again, and checks that what comes out is what an undisturbed one gives, bit for bit.
+"""Kill a training again and again, and check that the result equals an undisturbed one, bit for bit.
 
     python recipes/research/torture.py --kills 20
     python recipes/research/torture.py --kills 200 --seed 1
 
-A child process trains a small CNN under a small ViT and writes a checkpoint after almost every step. It gets SIGKILL
-at a random moment, writing included, is started again with resume=True, and so on; after the last kill it may finish.
-Student, average of weights and history must equal those of a run that was left alone.
+A child process with two loading processes trains a small CNN under a small ViT and writes a checkpoint after almost
+every step. At a random moment, writing included, the whole process group gets SIGKILL, SIGTERM, or SIGUSR1 and then
+SIGTERM, as clusters send them. The child starts again with resume=True, and so on; after the last kill it may finish.
+Student, average of weights and history must equal those of a run that was left alone. A run that was asked to end has
+to save itself and exit with 143, unless it had not begun to train.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import kornia.augmentation as K
@@ -26,6 +29,7 @@ from safetensors.torch import load_file
 from hetkd import Distiller
 from hetkd.training.checkpoint import CHECKPOINTS, HISTORY, RunFolder
 
+SIGNALS = ((signal.SIGKILL,), (signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM))
 TIMING = ("seconds", "images_per_second")
 
 
@@ -43,6 +47,7 @@ def train(folder: Path, method: str) -> None:
         (images[:20], torch.arange(20) % 10),
         epochs=3,
         batch_size=8,
+        num_workers=2,
         output_dir=folder,
         resume=True,
         augment=K.RandomHorizontalFlip(p=0.5),
@@ -54,23 +59,33 @@ def train(folder: Path, method: str) -> None:
     )
 
 
-def in_child(folder: Path, method: str, seconds: float | None) -> bool:
-    """Train in a child process, and kills it after so many seconds; say whether it finished before."""
+def in_child(folder: Path, method: str, seconds: float = 0.0, signals: tuple[int, ...] = ()) -> bool:
+    """Train in a child process, and send its group signals after so many seconds; say whether it finished before.
+
+    Raises:
+        RuntimeError: If the training failed, or did not end as its last signal demands.
+    """
     child = os.fork()
     if child == 0:
+        os.setsid()
         try:
             train(folder, method)
+        except SystemExit as asked_to:
+            os._exit(asked_to.code)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
-        raise RuntimeError("the training failed; its traceback is above.")
-    return os.WIFEXITED(status)
+    time.sleep(seconds)
+    for number in signals:
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(child, number)
+        time.sleep(0.02)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    # fit heeds signals once it trains; before, SIGTERM ends a process by itself.
+    if status != 0 and (not signals or status not in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)):
+        raise RuntimeError(f"the training ended with {status}; its traceback is above.")
+    return status == 0
 
 
 def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -94,7 +109,7 @@ def torture(kills: int, method: str, seed: int, folder: Path) -> int:
         AssertionError: If anything differs.
     """
     start = time.perf_counter()
-    in_child(folder / "whole", method, None)
+    in_child(folder / "whole", method)
     whole_seconds = time.perf_counter() - start
     generator, hits, run = random.Random(seed), 0, 0
     expected = result(folder / "whole")
@@ -103,11 +118,12 @@ def torture(kills: int, method: str, seed: int, folder: Path) -> int:
         run += 1
         finished = False
         while not finished and killed < kills:
-            finished = in_child(folder / f"run{run}", method, generator.uniform(0.1, 0.6) * whole_seconds)
+            seconds = generator.uniform(0.1, 0.6) * whole_seconds
+            finished = in_child(folder / f"run{run}", method, seconds, generator.choice(SIGNALS))
             killed += not finished
             hits += not finished and any((folder / f"run{run}" / CHECKPOINTS).glob("step-*"))
         if not finished:
-            in_child(folder / f"run{run}", method, None)
+            in_child(folder / f"run{run}", method)
         compare(expected, result(folder / f"run{run}"))
     return hits
 
