@@ -12,6 +12,7 @@ import torch
 @pytest.mark.slow
 def test_bench_of_runs(tmp_path):
     import bench
+    import parts
     import runs
 
     short = bench.parse_arguments(["tap", "--repeats", "2", "--batch-size", "4"])
@@ -22,6 +23,8 @@ def test_bench_of_runs(tmp_path):
     row = runs.bench_loop("kd", torch.device("cpu"), short)
     assert row["fit_images_per_second"] > 0
     assert row["ratio"] == pytest.approx(row["fit_images_per_second"] / row["step_images_per_second"])
+    parts.FUSED_PAIRS[:] = [("small", "vit", "resnet_slim", 32, 2)]
+    assert [row["ds2s"] for row in parts.bench_fused(2, torch.device("cpu"))] == ["full", "lite", "None"]
     row = runs.bench_cache("kd", torch.device("cpu"), short)
     assert row["cached_ratio"] > 0
 
