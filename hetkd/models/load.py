@@ -1,5 +1,6 @@
 """Models from strings: timm, Hugging Face, torchvision."""
 
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from hetkd.models.weights import load_weights
 from hetkd.utils.checks import choice, unknown_name
 
 LIBRARIES = ("timm", "hf", "torchvision")
+_FETCHING = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib", "urllib3")
 
 
 def load_model(
@@ -199,7 +201,7 @@ def _hugging_face_model(name: str, num_classes: int | None, pretrained: bool, kw
 
 
 def _fetched(name: str, from_network: bool, build: Callable[[], Any]) -> Any:
-    """Build, and says what to do where pretrained weights cannot be fetched."""
+    """Build, and say what to do where pretrained weights cannot be fetched."""
     try:
         return build()
     except ValueError as error:
@@ -210,10 +212,16 @@ def _fetched(name: str, from_network: bool, build: Callable[[], Any]) -> Any:
             "transformers and pass the module."
         ) from error
     except (OSError, RuntimeError) as error:
-        if not from_network or "state_dict" in str(error):
+        if not from_network or not _is_of_fetching(error):
             raise
         file = f"hetkd.load_model({name!r}, weights='FILE.safetensors')"
         otherwise = "a directory of save_pretrained ('hf:DIRECTORY')" if name.startswith("hf:") else file
         raise RuntimeError(
             f"could not load {name} ({type(error).__name__}: {error}). Without a network, pass {otherwise}."
         ) from error
+
+
+def _is_of_fetching(error: Exception) -> bool:
+    """Say whether an error comes from the disk or from a package that fetches files, not from the model itself."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, OSError) or any(name == "torch.hub" or name.split(".")[0] in _FETCHING for name in modules)

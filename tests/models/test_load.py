@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 import torchvision
 import transformers
@@ -101,3 +102,12 @@ def test_siglip2_takes_images_through_its_adapter():
         expected = model(**inputs).logits
     torch.testing.assert_close(d(images).teacher_logits, expected, rtol=1e-4, atol=1e-5)
     assert d.plan.rows[0].teacher_shape == (32, 4, 4)
+
+
+def test_an_error_of_the_model_itself_is_not_taken_for_the_network(monkeypatch):
+    def build(name, **options):
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+    monkeypatch.setattr(timm, "create_model", build)
+    with pytest.raises(RuntimeError, match=r"^The size of tensor a"):
+        load_model("timm:test_resnet", pretrained=True)
