@@ -31,19 +31,19 @@ class QuietWorker:
     """
 
     def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
+        self.then, self.run = then, os.getpid()  # the parent may be a fork server
 
     def __call__(self, worker: int) -> None:
         """Start loading process ``worker``."""
         if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
             signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
-            threading.Thread(target=_heed_the_run, daemon=True).start()
+            threading.Thread(target=_heed, args=(self.run,), daemon=True).start()
         if self.then is not None:
             self.then(worker)
 
 
-def _heed_the_run() -> None:
-    while signal.sigwaitinfo(_numbers()).si_pid != os.getppid():
+def _heed(run: int) -> None:
+    while signal.sigwaitinfo(_numbers()).si_pid != run:
         pass
     os._exit(0)
 
