@@ -82,8 +82,9 @@ def in_child(folder: Path, method: str, seconds: float = 0.0, signals: tuple[int
             os.killpg(child, number)
         time.sleep(0.02)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    # fit heeds signals once it trains; before, SIGTERM ends a process by itself.
-    if status != 0 and (not signals or status not in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)):
+    # fit heeds signals once it trains; before, they end a process by themselves.
+    asked = (128 + signal.SIGTERM, *(-number for number in signals)) if signals else ()
+    if status not in (0, *asked):
         raise RuntimeError(f"the training ended with {status}; its traceback is above.")
     return status == 0
 
