@@ -77,7 +77,7 @@ class TransformedImages(Dataset[Any]):
     ) -> None:
         self.dataset, self.transform, self.seed, self.skip_unreadable = dataset, transform, seed, skip_unreadable
         self.keys = keys_of(dataset, keys)
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loading processes outlive an epoch
         self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self.transparent = torch.zeros((), dtype=torch.bool).share_memory_()
         self.is_transparency_said = False
@@ -137,9 +137,14 @@ class TransformedImages(Dataset[Any]):
         self.class_names = list(classes)
         return missing
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that randomness depends on."""
+        return int(self._epoch)
+
     def start_epoch(self, epoch: int) -> None:
-        """Set the epoch that randomness depends on, before a loader is iterated."""
-        self.epoch = epoch
+        """Set `epoch`, in loading processes too, before a loader is iterated."""
+        self._epoch.fill_(epoch)
 
     def name_of(self, index: int) -> str:
         """Return the path of an image where the dataset knows it, else its index."""
@@ -196,6 +201,7 @@ def make_loader(
         shuffle=train,
         drop_last=drop_last,
         num_workers=num_workers,
+        persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available() and not isinstance(dataset, TensorImages),
         collate_fn=_as_it_is if isinstance(dataset, TensorImages) else None,
     )

@@ -1,6 +1,7 @@
 """FitNet: the student's feature maps imitate the teacher's (arXiv 1412.6550)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from hetkd.features.adapter import StagePair
 from hetkd.features.grid import meeting_grid, to_grid
 from hetkd.methods.common.method import register_method
 from hetkd.methods.common.stagewise import FeatureMethod
+from hetkd.methods.common.statistics import TARGET_EPS, standardize_batch
+from hetkd.utils.checks import choice
 
 
 @register_method("fitnet")
@@ -30,6 +33,11 @@ class FitNet(FeatureMethod):
     term = "fitnet"
     stages_share_weight = False
 
+    def __init__(self, *, normalize: str | None = None, **common: Any) -> None:
+        super().__init__(**common)
+        self.normalize = None if normalize is None else choice("normalize", normalize, ["batch"])
+        self.batch_statistics = None if normalize is None else "all"
+
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Make the convolutions for these stage pairs; see `Method.bind`."""
         super().bind(pairs)
@@ -47,4 +55,6 @@ class FitNet(FeatureMethod):
     def compare(self, index: int, x: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
         """Return the mean squared error; see `FeatureMethod.compare`."""
         student: Tensor = self.project[index](to_grid(x, self._grids[index]))
+        if self.normalize == "batch":
+            target = standardize_batch(target, eps=TARGET_EPS)
         return F.mse_loss(student, target)

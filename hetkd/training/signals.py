@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch.utils.data import DataLoader
 
+from hetkd.data.seeding import generators_kept
 from hetkd.utils.distributed import largest_of_processes
 
 SIGNALS = ("SIGUSR1", "SIGTERM", "SIGINT")
@@ -58,9 +59,15 @@ def with_quiet_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def quietly(loader: Iterable[Any]) -> Iterator[Any]:
-    """Iterate a loader; signals wait while its quiet processes start, which would die of them."""
+    """Iterate a loader; signals wait while its quiet processes start, which would die of them.
+
+    Processes that outlive an epoch are seeded in the first one only: that draw is taken back, so that a run which goes
+    on later, with new processes, sees the same random numbers.
+    """
     iterator, end = iter(loader), object()
-    with _waiting_signals() if isinstance(getattr(loader, "worker_init_fn", None), QuietWorker) else nullcontext():
+    has_quiet_workers = isinstance(getattr(loader, "worker_init_fn", None), QuietWorker)
+    persist = getattr(loader, "persistent_workers", False)
+    with _waiting_signals() if has_quiet_workers else nullcontext(), generators_kept() if persist else nullcontext():
         first = next(iterator, end)
     if first is not end:
         yield first

@@ -27,6 +27,20 @@ class TestFitNetAndAT:
         loss = method.compare(0, x, method.encode_stage(0, t), None)
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
+    def test_fitnet_standardises_each_value_of_the_teacher_over_the_batch(self):
+        method = FitNet(normalize="batch")
+        method.bind([StagePair(Stage("t", 5, 4, 4), Stage("s", 5, 4, 4))])
+        torch.nn.init.dirac_(method.project[0].weight)
+        t = torch.randn(8, 5, 4, 4) * 30 + 7
+        t[:, 2] = 4.0  # what never varies in the teacher is 0 for the student
+        values = t.double().numpy()
+        deviation = values.std(0)
+        expected = np.divide(values - values.mean(0), deviation, out=np.zeros_like(values), where=deviation > 1e-6)
+        x = torch.from_numpy(expected).float()
+        assert method.compare(0, x, method.encode_stage(0, t), None).item() < 1e-8
+        assert method.compare(0, -x, method.encode_stage(0, t), None).item() == pytest.approx(4 * 4 / 5, rel=1e-5)
+        assert method.batch_statistics == "all"
+
     def test_at_by_hand(self):
         method = AT(feature_weight=1000)
         method.bind([StagePair(Stage("t", 2, 1, 2), Stage("s", 1, 1, 2))])

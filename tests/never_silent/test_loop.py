@@ -1,6 +1,7 @@
 """The loop: nothing is counted wrong, nothing is lost, nothing outside is changed."""
 
 import json
+import os
 import random
 import sys
 
@@ -362,3 +363,32 @@ def test_optimizers_as_classes_with_options_and_sgd_without_momentum(tmp_path):
     distiller = student()
     with pytest.raises(TypeError, match="optimizer=AdamW, with optimizer_options"):
         distiller.fit(data, epochs=1, optimizer=torch.optim.AdamW(distiller.parameters()), **QUIET)
+
+
+class OfProcess(torch.utils.data.Dataset):
+    """Pictures, and who loads them."""
+
+    def __init__(self) -> None:
+        values = np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), np.uint8)
+        self.pictures = [Image.fromarray(each) for each in values]
+        self.processes = torch.zeros(100, dtype=torch.int64).share_memory_()
+        self.loads = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index):
+        self.processes[self.loads] = os.getpid()
+        self.loads += 1
+        return self.pictures[index], index % 4
+
+
+def test_loading_processes_outlive_an_epoch_and_load_what_this_one_would():
+    trained = []
+    for workers in (0, 1):
+        data, distiller = OfProcess(), student()
+        distiller.fit(data, epochs=3, batch_size=4, num_workers=workers, lr=0.1, **QUIET)
+        others = set(data.processes[: data.loads].tolist()) - {os.getpid(), 0}
+        assert len(others) == workers
+        trained.append(weights(distiller))
+    assert torch.equal(*trained)
