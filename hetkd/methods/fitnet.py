@@ -24,9 +24,11 @@ class FitNet(FeatureMethod):
 
     The paper trains the first half of the student with one hint before everything else; here, as in later comparisons,
     all terms are learnt together. Across architectures this is the method that fails first, for it asks for the
-    teacher's activations as they are.
+    teacher's activations as they are. ``normalize="batch"``, which is not in the paper, asks for them standardised.
 
     Args:
+        normalize: ``None``: the teacher's values as they are. ``"batch"``: each standardised over the batch of all
+            processes.
         **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 
