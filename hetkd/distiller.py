@@ -129,7 +129,7 @@ class Distiller(Distillation):
             path: A folder; its size in bytes is printed first.
             views: Augmented views of each image.
             top_k: Logits kept an image; the other classes share the rest of the probability. ``None``: all.
-            maps: Record the maps of the teacher's stages themselves, in half precision.
+            maps: Record the maps of the teacher's stages themselves, and of its last one, in half precision.
             batch_size: Images a forward of the teacher.
             num_workers: Processes that load images.
             unreadable: As for `fit`.

@@ -12,23 +12,15 @@ from hetkd import (
 
 SFKD_OPTIONS = [
     {},
-    {"ds2s": "lite"},
-    {"ds2s": None},
-    {"levels": 0},
-    {"levels": 1, "wavelet": "db2"},
-    {"levels": 2, "streams": "spatial"},
-    {"streams": "spectral", "refinement_stages": 1},
-    {"refinement_stages": 0},
+    {"ds2s": "full"},
+    {"ds2s": "full", "levels": 0},
+    {"ds2s": "full", "levels": 1, "wavelet": "db2"},
+    {"ds2s": "spatial", "levels": 2},
+    {"ds2s": "spectral", "loss": "mse"},
     {"loss": "mse"},
-    {"loss": "mse", "normalize": "sample"},
     {"loss": "infonce"},
-    {"loss": "infonce", "normalize": "sample"},
     {"sigma": 0.0},
     {"sigma": math.inf, "keep": 3},
-    {"spectrum": "amplitude"},
-    {"normalize": "sample"},
-    {"normalize": "sample", "spectrum": "amplitude"},
-    {"decorrelation": 0.01},
     {"stage_weights": "learnt"},
     {"stage_weights": (0.5, 2.0)},
     {"width": 8},
@@ -38,10 +30,7 @@ SFKD_OPTIONS = [
 
 UHKD_OPTIONS = [
     {},
-    {"spectrum": "amplitude"},
-    {"spectrum": "amplitude", "compression": "log"},
-    {"compression": "power"},
-    {"normalize": "sample", "keep": 3},
+    {"keep": 3, "expansion": 0.5},
     {"stage_weights": "learnt", "width": 8, "reduction": "pca"},
 ]
 

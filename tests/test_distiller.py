@@ -120,7 +120,7 @@ def test_labels_may_be_none():
     d = distiller()
     output = d(batch()[0])
     assert "ce" not in output.terms
-    assert set(output.terms) == {"kd", *(f"sfkd.layer{stage}" for stage in range(1, 5))}
+    assert set(output.terms) == {"kd", *(f"sfkd.layer{stage}" for stage in range(1, 4))}
     assert output.student_logits.shape == output.teacher_logits.shape == (8, 10)
 
 
@@ -186,7 +186,8 @@ def test_input_specs_of_the_libraries():
 def test_stages_by_row_name_and_pair():
     rows = distiller(stages=[0, -1]).plan.rows
     assert [(r.stage, r.student) for r in rows] == [("0", "layer1"), ("3", "layer4"), ("logits", "")]
-    assert [r.stage for r in distiller().plan.rows] == ["0", "1", "2", "3", "logits"]
+    assert [r.stage for r in distiller().plan.rows] == ["0", "1", "2", "logits"]
+    assert [r.stage for r in distiller(kd_weight=0.0).plan.rows] == ["0", "1", "2", "3"]
     assert distiller(stages=["layer2"]).plan.rows[0].teacher == "blocks.1"
     rows = distiller(stages=[("blocks.3", "layer2"), ("blocks.3", "layer4")]).plan.rows
     assert [(r.teacher, r.student) for r in rows[:2]] == [("blocks.3", "layer2"), ("blocks.3", "layer4")]
@@ -198,9 +199,10 @@ def test_stages_by_row_name_and_pair():
 def test_plan_counts_what_is_added():
     d = distiller()
     text = str(d.plan)
-    assert "blocks.3" in text
-    assert "layer4" in text
-    assert "4 x 4, 1 level, 4 x 4 frequencies" in text
+    assert "blocks.2" in text
+    assert "layer3" in text
+    assert "4 x 4, 4 x 4 frequencies" in text
+    assert "4 x 4, DS2S on 1 level, 4 x 4 frequencies" in str(distiller(ds2s="full").plan)
     assert d.plan.added_parameters == sum(p.numel() for p in d.method.parameters())
     assert sum(row.added_parameters for row in d.plan.rows) == d.plan.added_parameters
     assert "uhkd" in Distiller(tiny_vit(), tiny_cnn(), "uhkd").plan.title.lower()

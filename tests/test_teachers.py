@@ -29,7 +29,7 @@ class TestSeveralTeachers:
         assert next(iter(terms)) == "ce"
         assert {name.split(".")[0] for name in terms} == {"ce", "teacher0", "teacher1"}
         for index, (teacher, weight) in enumerate(((first, 0.25), (second, 0.75))):
-            alone = Distiller(teacher, copy.deepcopy(student), "kd", input_size=64)(images, labels)
+            alone = Distiller(teacher, copy.deepcopy(student), "kd", input_size=64, kd_weight=10)(images, labels)
             torch.testing.assert_close(terms[f"teacher{index}.kd"], weight * alone.terms["kd"])
         assert len(distiller.teachers) == 2
         assert distiller.plan.added_parameters == sum(row.added_parameters for row in distiller.plan.rows)

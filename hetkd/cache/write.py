@@ -1,5 +1,6 @@
 """Runs the teachers once over all views of all images, and keeps their targets."""
 
+import copy
 import hashlib
 import json
 import math
@@ -30,6 +31,7 @@ from hetkd.cache.records import (
 )
 from hetkd.data.images import TransformedImages
 from hetkd.data.seeding import sample_seed
+from hetkd.features.tap import Tap
 from hetkd.methods.common.method import Method
 from hetkd.methods.common.statistics import ChannelReduction
 from hetkd.models.inputs import check_images
@@ -62,8 +64,8 @@ def write_cache(
         return
     features = None
     if maps or not teachers.method.compares_features:  # for any method that reads them
+        teachers = Teachers([_with_last_stage(tap) for tap in teachers.taps], Method(ce_weight=0))
         features = [list(tap.names) for tap in teachers.taps]
-        teachers = Teachers(teachers.taps, Method(ce_weight=0))
     shapes = _target_shapes(teachers, dataset, batch_size)
     dtype = record_dtype(shapes, top_k)
     facts = {"views": views, "top_k": top_k, "shapes": shapes, "seed": dataset.seed}
@@ -95,6 +97,15 @@ def write_cache(
         about["shards"][name] = hashlib.sha256(content).hexdigest()
         write_json(path / INDEX, about)
         report(f"view {view + 1}/{views}: {indices.stop:,}/{len(dataset):,} images")
+
+
+def _with_last_stage(tap: Tap) -> Tap:
+    """Return the tap with the last stage among its own, which some methods leave to the logits and others compare."""
+    if not tap.names or tap.listed[-1].name in tap.names:
+        return tap
+    tap = copy.copy(tap)
+    tap.select([*tap.names, tap.listed[-1].name])
+    return tap
 
 
 def _write_shard(path: Path, content: bytes) -> None:

@@ -104,12 +104,23 @@ def to_grid(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if x.shape[-2:] == size:
         return x
-    rows, columns = (_resampling(old, new, x.dtype, x.device) for old, new in zip(x.shape[-2:], size, strict=True))
+    rows, columns = (_constant(old, new, x.dtype, x.device) for old, new in zip(x.shape[-2:], size, strict=True))
     return separable(x, rows, columns)
 
 
+def resampling(old: int, new: int) -> Tensor:
+    """Return the matrix ``[new, old]`` (float32) by which `to_grid` resamples an axis; the identity if both agree.
+
+    Example:
+        >>> resampling(4, 2)
+        tensor([[0.4286, 0.4286, 0.1429, 0.0000],
+                [0.0000, 0.1429, 0.4286, 0.4286]])
+    """
+    return torch.eye(old) if old == new else _resampling_matrix(old, new, torch.float32, torch.device("cpu"))
+
+
 @constant_when_compiled
-def _resampling(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _constant(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _resampling_matrix(old, new, dtype, device)
 
 

@@ -1,6 +1,8 @@
 """Pairs of a teacher stage and the student stage that learns from it."""
 
+import math
 from collections.abc import Sequence
+from itertools import combinations, product
 from typing import Any
 
 from hetkd.features.adapter import Stage, StagePair, find_stage
@@ -44,16 +46,37 @@ def choose_stages(stages: Sequence[Stage], count: int = STAGE_COUNT) -> list[Sta
 def pair_stages(teacher: Sequence[Stage], student: Sequence[Stage]) -> list[StagePair]:
     """Pair teacher and student stages automatically: as many as both have, last with last.
 
+    Where one model has fewer, its others meet the stages of the most similar grids.
+
     Example:
         >>> grids = (56, 28, 14, 7)
         >>> teacher = [Stage(f"blocks.{n}", 192, 14, 14) for n in range(12)]
         >>> student = [Stage(f"layer{n}", 64, grid, grid) for n, grid in enumerate(grids, start=1)]
         >>> [(pair.teacher.name, pair.student.name) for pair in pair_stages(teacher, student)]
         [('blocks.2', 'layer1'), ('blocks.5', 'layer2'), ('blocks.8', 'layer3'), ('blocks.11', 'layer4')]
+        >>> teacher = [Stage(f"layers.{n}", 96, grid, grid) for n, grid in enumerate(grids[:3])]
+        >>> [(pair.teacher.name, pair.student.name) for pair in pair_stages(teacher, student)]
+        [('layers.0', 'layer1'), ('layers.1', 'layer2'), ('layers.2', 'layer4')]
     """
     count = min(len(choose_stages(teacher)), len(choose_stages(student)))
-    pairs = zip(choose_stages(teacher, count), choose_stages(student, count), strict=True)
-    return [StagePair(t, s) for t, s in pairs]
+    choices = product(_ways_to_choose(teacher, count), _ways_to_choose(student, count))
+    teacher, student = min(choices, key=lambda chosen: _difference_of_grids(*chosen))
+    return [StagePair(t, s) for t, s in zip(teacher, student, strict=True)]
+
+
+def _ways_to_choose(stages: Sequence[Stage], count: int) -> list[Sequence[Stage]]:
+    """Return ways to choose ``count`` stages with the last one; that of `choose_stages`, which wins ties, first."""
+    if count == 0:
+        return [[]]
+    *others, last = choose_stages(stages)
+    return [choose_stages(stages, count), *((*chosen, last) for chosen in combinations(others, count - 1))]
+
+
+def _difference_of_grids(teacher: Sequence[Stage], student: Sequence[Stage]) -> float:
+    return sum(
+        abs(math.log(t.height / s.height)) + abs(math.log(t.width / s.width))
+        for t, s in zip(teacher, student, strict=True)
+    )
 
 
 def chosen_pairs(

@@ -4,8 +4,14 @@ All of them compute in float32 with autocast off (half-precision FFTs need power
 exist; float64 stays float64), use real parameters only, and take odd grids.
 """
 
-from hetkd.spectral.fourier import LowFrequencies, amplitude, frequencies, low_frequencies, real_fourier_basis
-from hetkd.spectral.gaussian import GaussianWindow, gaussian_window, half_plane_window
+from hetkd.spectral.fourier import (
+    LowFrequencies,
+    frequencies,
+    low_frequencies,
+    low_waves,
+    real_fourier_basis,
+)
+from hetkd.spectral.gaussian import GaussianWindow, gaussian_window
 from hetkd.spectral.wavelet import DWT2, IDWT2, Bands, dwt2, idwt2, list_wavelets
 
 __all__ = [
@@ -14,13 +20,12 @@ __all__ = [
     "GaussianWindow",
     "IDWT2",
     "LowFrequencies",
-    "amplitude",
     "dwt2",
     "frequencies",
     "gaussian_window",
-    "half_plane_window",
     "idwt2",
     "list_wavelets",
     "low_frequencies",
+    "low_waves",
     "real_fourier_basis",
 ]

@@ -73,22 +73,6 @@ def _dft_matrix(first: int, end: int, size: int, like: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()]) / size
 
 
-def amplitude(spectrum: Tensor, eps: float = 1e-12) -> Tensor:
-    """Return the amplitudes ``[...]`` of a spectrum ``[..., 2]``, with a finite gradient at zero.
-
-    Amplitudes do not change under circular shifts of the map; they know nothing of its layout.
-
-    Args:
-        spectrum: Real and imaginary parts in the last axis.
-        eps: Added under the square root.
-
-    Example:
-        >>> amplitude(torch.tensor([[3.0, 4.0]]))
-        tensor([5.])
-    """
-    return (spectrum.square().sum(-1) + eps).sqrt()
-
-
 def real_fourier_basis(size: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Return an orthonormal basis of cosines and sines of the integer frequencies.
 
@@ -120,6 +104,37 @@ def real_fourier_basis(size: int, *, dtype: torch.dtype = torch.float32) -> tupl
             frequency.append(cycles)
     basis = torch.nn.functional.normalize(torch.stack(waves), dim=1)
     return basis.to(dtype), torch.tensor(frequency)
+
+
+def low_waves(grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
+    """Return the products of cosines and sines of the lowest frequencies: orthonormal maps of a grid.
+
+    For odd K they span the maps whose spectrum lies in the K x K lowest frequencies of `low_frequencies`, in as many
+    real numbers as it has independent ones; an even K adds the next frequency's cosine. A map of white noise has
+    coefficients ``waves @ x.flatten()`` of the same variance on any grid.
+
+    Args:
+        grid: Height h and width w in pixels.
+        keep: Waves K per axis, at most min(h, w).
+
+    Returns:
+        The waves ``[K * K, h * w]``, and their frequencies ``[K * K, 2]`` in cycles a side (int64), both by rows.
+
+    Raises:
+        ValueError: If ``keep`` is not between 1 and min(h, w).
+
+    Example:
+        >>> waves, frequency = low_waves((4, 4), keep=3)
+        >>> frequency.tolist()
+        [[0, 0], [0, 1], [0, 1], [1, 0], [1, 1], [1, 1], [1, 0], [1, 1], [1, 1]]
+        >>> torch.allclose(waves @ waves.T, torch.eye(9), atol=1e-6)
+        True
+    """
+    if not 1 <= keep <= min(grid):
+        raise ValueError(f"keep={keep} must be between 1 and the smaller side of the {grid[0]} x {grid[1]} grid.")
+    (rows, row_cycles), (columns, column_cycles) = (real_fourier_basis(side, dtype=torch.float64) for side in grid)
+    waves = torch.kron(rows[:keep].contiguous(), columns[:keep].contiguous()).float()
+    return waves, torch.cartesian_prod(row_cycles[:keep], column_cycles[:keep])
 
 
 class LowFrequencies(nn.Module):

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from hetkd.spectral.fourier import frequencies
 from hetkd.spectral.precision import full_precision
 
 
@@ -38,45 +37,19 @@ def gaussian_window(
         >>> gaussian_window(1, 5, sigma=0.4)
         tensor([[0.1353, 0.6065, 1.0000, 0.6065, 0.1353]])
     """
-    rows, columns = (_axis_weights(size, size, sigma).to(device=device, dtype=dtype) for size in (height, width))
+    rows, columns = (_axis_weights(size, sigma).to(device=device, dtype=dtype) for size in (height, width))
     return torch.outer(rows, columns)
 
 
-def half_plane_window(grid: tuple[int, int], keep: int, sigma: float) -> Tensor:
-    """Return the weights of `gaussian_window` for the layout of ``low_frequencies(..., half=True)``.
-
-    Columns that stand for two conjugate coefficients count twice, so that a weighted mean over the half plane is that
-    over the whole.
-
-    Args:
-        grid: Height and width of the map whose spectrum is weighted.
-        keep: Frequencies K per axis.
-        sigma: See `gaussian_window`.
-
-    Returns:
-        ``[K, K // 2 + 1]`` in float32.
-
-    Example:
-        >>> half_plane_window((5, 5), keep=3, sigma=float("inf"))
-        tensor([[1., 2.],
-                [1., 2.],
-                [1., 2.]])
-    """
-    rows, half = _axis_weights(keep, grid[0], sigma), keep // 2
-    columns = _axis_weights(2 * half + 1, grid[1], sigma)[half:]
-    paired = torch.tensor([1.0 if v in (0, keep / 2) else 2.0 for v in frequencies(keep, half=True)])
-    return torch.outer(rows, columns * paired).float()
-
-
-def _axis_weights(count: int, size: int, sigma: float) -> Tensor:
-    """Return the weights of the ``count`` lowest frequencies of an axis of ``size`` pixels, in their order."""
+def _axis_weights(size: int, sigma: float) -> Tensor:
+    """Return the weights of the frequencies of an axis of ``size`` pixels, in their order."""
     from kornia.filters.kernels import gaussian
 
     if not sigma >= 0:
         raise ValueError(f"sigma={sigma} must be 0 (the mean only), positive, or math.inf (no filter).")
     # kornia centres an even kernel between two samples; here it peaks at zero frequency.
-    peak = count // 2 + (0.5 if count % 2 == 0 else 0.0)
-    kernel: Tensor = gaussian(count, sigma * size / 2, mean=peak, dtype=torch.float64)[0]
+    peak = size // 2 + (0.5 if size % 2 == 0 else 0.0)
+    kernel: Tensor = gaussian(size, sigma * size / 2, mean=peak, dtype=torch.float64)[0]
     return kernel / kernel.max()
 
 

@@ -3,7 +3,7 @@
     python recipes/bench/bench.py                         # training steps of all methods against the floor, five pairs
     python recipes/bench/bench.py --small --json FILE     # two pairs, the main methods: within 5 minutes on two cores
     python recipes/bench/bench.py spectral                # transforms against torch.fft and ptwt; growth with sizes
-    python recipes/bench/bench.py fused                   # SFKD's fused form against its readable one
+    python recipes/bench/bench.py recorded                # steps of a small student from recorded features, over `ce`
     python recipes/bench/bench.py tap                     # the tap against a plain forward
     python recipes/bench/bench.py loop                    # `fit` on a small data set against the bare step
     python recipes/bench/bench.py cache                   # an epoch from the teacher cache against plain training
@@ -35,10 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import bench_fused, bench_growth, bench_import, bench_transforms
+from parts import bench_growth, bench_import, bench_transforms
 from rich.console import Console
 from rich.table import Table
 from runs import MODELS, bench_cache, bench_loop, bench_tap
+from small_student import bench_small_student
 from steps import METHODS, PAIRS, PEERS, SMALL, SMALL_PAIRS, bench_pair, has_torchdistill
 
 BATCH, REPEATS = 8, 20
@@ -72,8 +73,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Any:
     elif arguments.what == "spectral":
         yield "transforms", bench_transforms(arguments.batch_size, arguments.repeats, device)
         yield "growth", bench_growth(arguments.repeats, device)
-    elif arguments.what == "fused":
-        yield "fused", bench_fused(arguments.repeats, device)
+    elif arguments.what == "recorded":
+        yield "recorded", bench_small_student(arguments.repeats, device)
     elif arguments.what == "tap":
         yield "tap", [bench_tap(name, device, arguments) for name in arguments.models]
     elif arguments.what == "cache":
@@ -107,7 +108,7 @@ def _text(value: Any) -> str:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ["steps", "spectral", "fused", "tap", "loop", "cache", "import"]
+    kinds = ["steps", "spectral", "recorded", "tap", "loop", "cache", "import"]
     parser.add_argument("what", nargs="?", choices=kinds, default="steps")
     parser.add_argument(
         "--small", action="store_true", help=f"ends within 5 minutes on two cores: steps take {SMALL_SECONDS} s a pair"

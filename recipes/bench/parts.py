@@ -5,30 +5,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from timing import compare, take_turns
 from torch import Tensor
 
-from hetkd import SFKD, UHKD, Distiller, Features, Method, Stage, StagePair
+from hetkd import SFKD, UHKD, Features, Method, Stage, StagePair
 from hetkd.features.grid import to_grid
-from hetkd.methods.common.linear import LinearMap
+from hetkd.methods.common.low_frequency import View
 from hetkd.methods.sfkd.ds2s import SpectralGate
-from hetkd.methods.sfkd.fused import FusedSpectra
-from hetkd.methods.sfkd.refine import RefinedSpectra
-from hetkd.models import build_small
-from hetkd.spectral import dwt2, idwt2, low_frequencies
+from hetkd.spectral import dwt2, idwt2, low_frequencies, low_waves
 
 CHANNELS, GRID, KEEP, LEVELS = 256, 16, 5, 2
 SIZES = {"batch": (8, 16, 32, 64), "grid": (7, 14, 28), "channels": (64, 256, 1024), "levels": (0, 1, 2, 3)}
-FUSED_PAIRS = [
-    ("swin -> resnet_slim, 32 px, batch 64", "swin", "resnet_slim", 32, 64),
-    ("vit_small -> resnet18, 224 px, batch 8", "vit_small_patch16_224", "resnet18", 224, 8),
-]
 
 
 def bench_transforms(batch: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
@@ -62,10 +53,12 @@ def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], A
         spectrum = torch.fft.fftshift(torch.fft.fft2(x, norm="forward"), dim=(-2, -1))
         return torch.view_as_real(spectrum[..., first : first + KEEP, first : first + KEEP])
 
-    def spectrum_of_resampled(x: Tensor) -> Tensor:
-        return low_frequencies(to_grid(x, (12, 12)), KEEP, half=True)
+    waves = low_waves((12, 12), KEEP)[0].to(device)
+    at_once = View((GRID, GRID), waves.cpu().unflatten(1, (12, 12))).to(device)
 
-    at_once = LinearMap(spectrum_of_resampled, (GRID, GRID)).to(device)
+    def waves_of_resampled(x: Tensor) -> Tensor:
+        return waves @ to_grid(x, (12, 12)).flatten(2).transpose(1, 2)
+
     half = GRID // 2  # bands of the first level, the largest that are gated
     gate = SpectralGate(CHANNELS, 4, (half, half)).to(device)
     torch.nn.init.normal_(gate.gate)
@@ -94,7 +87,7 @@ def transforms(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], A
         "torch.fft.rfft2, irfft2",
         lambda x: torch.fft.irfft2(torch.fft.rfft2(as_bands(x)) * gate.gate[:, :, folded], s=(half, half)),
     )
-    yield "resampling and spectrum at once", at_once, "one after the other", spectrum_of_resampled
+    yield "resampling and waves at once", at_once, "one after the other", waves_of_resampled
 
 
 def with_backward(function: Callable[[Tensor], Any], x: Tensor) -> Callable[[], None]:
@@ -112,13 +105,13 @@ def bench_growth(repeats: int, device: torch.device) -> list[dict[str, Any]]:
     base = {"batch": 16, "grid": 14, "channels": 256, "levels": 2}
     makers: dict[str, Callable[[int], Method]] = {
         "uhkd": lambda levels: UHKD(),
-        "sfkd": lambda levels: SFKD(levels=levels),
-        "sfkd lite": lambda levels: SFKD(levels=levels, ds2s="lite"),
+        "sfkd": lambda levels: SFKD(),
+        "sfkd ds2s": lambda levels: SFKD(levels=levels, ds2s="full"),
     }
     rows = []
     for name, make in makers.items():
         for size, values in SIZES.items():
-            if size == "levels" and name == "uhkd":
+            if size == "levels" and name != "sfkd ds2s":
                 continue
             row: dict[str, Any] = {"method": name, "varies": size}
             for position, value in enumerate(values):
@@ -128,31 +121,6 @@ def bench_growth(repeats: int, device: torch.device) -> list[dict[str, Any]]:
                 row[f"size {position + 1}"] = f"{value}: {1e3 * statistics.median(times['step']):.1f} ms"
             rows.append({**{f"size {number}": "" for number in range(1, 5)}, **row})
     return [{key: row[key] for key in ("method", "varies", *(f"size {n}" for n in range(1, 5)))} for row in rows]
-
-
-def bench_fused(repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Compare whole steps with SFKD's fused form with those of its readable one, on a small and a large student."""
-    rows = []
-    for title, teacher, student, pixels, batch in FUSED_PAIRS:
-        x, y = torch.rand(batch, 3, pixels, pixels, device=device), torch.randint(100, (batch,), device=device)
-        for ds2s in ("full", "lite", None):
-            steps = {}
-            for form in (FusedSpectra, RefinedSpectra):
-                models = (build_small(name, pixels, 100, 3)[0] for name in (teacher, student))
-                with patch("hetkd.methods.sfkd.sfkd.FusedSpectra", form):
-                    distiller = Distiller(*models, SFKD(ds2s=ds2s), input_size={"teacher": pixels, "student": pixels})
-                steps[form.__name__] = partial(backward_of, distiller.to(device).train(), x, y)
-            times = take_turns(steps, repeats, device)
-            ratio, quartiles = compare(times["FusedSpectra"], times["RefinedSpectra"])
-            medians = {f"{name}_ms": 1e3 * statistics.median(taken) for name, taken in times.items()}
-            rows.append({"models": title, "ds2s": str(ds2s), **medians, "ratio": ratio, "ratio_quartiles": quartiles})
-    return rows
-
-
-def backward_of(distiller: Distiller, images: Tensor, labels: Tensor) -> None:
-    """Run the step of a distiller, but for the update."""
-    distiller.zero_grad()
-    distiller(images, labels).loss.backward()
 
 
 def method_step(method: Method, batch: int, grid: int, channels: int, device: torch.device) -> Callable[[], None]:

@@ -27,10 +27,10 @@ PAIRS = {
     "mixer_b->resnet18": ("mixer_b16_224", "resnet18"),
 }
 FLOOR = "floor"
-LITE = "sfkd lite"
+REFINED = "sfkd ds2s"
 PEERS = ("timm.task logits", "timm.task features", "torchdistill kd")
-METHODS = [*sorted(set(list_methods()) - {"ce"}), LITE]
-SMALL = ["kd", "uhkd", "sfkd", LITE, "timm.task logits", "torchdistill kd"]
+METHODS = [*sorted(set(list_methods()) - {"ce"}), REFINED]
+SMALL = ["kd", "uhkd", "sfkd", REFINED, "timm.task logits", "torchdistill kd"]
 LEAST_ROUNDS = 5
 SMALL_PAIRS = ["vit_small->resnet18", "swin_tiny->mobilenetv2"]
 
@@ -165,7 +165,7 @@ def contender(name: str, pair: Pair) -> Contender:
     pair = pair._replace(student=copy.deepcopy(pair.student))
     if name in PEERS:
         return {PEERS[0]: timm_logits, PEERS[1]: timm_features, PEERS[2]: torchdistill_kd}[name](pair)
-    method: str | Method = SFKD(ds2s="lite") if name == LITE else name
+    method: str | Method = SFKD(ds2s="full") if name == REFINED else name
     distiller = Distiller(pair.teacher, pair.student, method).train()
     optimizer = make_optimizer(distiller)
 

@@ -25,27 +25,20 @@ PAIRS = [
     *("swin:resnet_slim", "mixer:resnet_slim", "convnext:resmlp_slim"),
 ]
 HOMOGENEOUS = "lite0:resnet_slim"
-ABLATIONS = [
-    'sfkd:loss="mse"',
-    'sfkd:loss="infonce"',
-    "sfkd:ds2s=None",
-    'sfkd:streams="spatial"',
-    'sfkd:streams="spectral"',
-    "sfkd:refinement_stages=1",
-    "sfkd:levels=0",
-    "sfkd:levels=1",
-    "sfkd:levels=2",
-    "sfkd:stages=[3]",
-    "sfkd:stages=[2,3]",
-    "sfkd:stages=[0,1]",
-    "sfkd:stage_weights=[0.025,0.075,0.225,0.675]",
-    "uhkd:stages=[3]",
-    "uhkd:keep=1",
-    'uhkd:spectrum="amplitude"',
-]
 FINAL = [
     *("ce", "kd", "kd:temperature=4.0", "dkd", "dist", "fitnet", "cc", "crd", "ofa", "ofa:feature_weight=0.1", "rsd"),
-    *("uhkd", "sfkd", 'sfkd:ds2s="lite"'),
+    *("uhkd", "sfkd"),
+]
+SEARCHED = [
+    *("ce", "kd:kd_weight=10.0,temperature=2.0", "dkd:kd_weight=10.0", "dist:temperature=4.0"),
+    "rsd:stages=[0,1,2,3],feature_weight=4.0,kd_weight=1.0,temperature=4.0",
+    'fitnet:normalize="batch",feature_weight=100.0,kd_weight=10.0,temperature=4.0',
+    *("ofa", "crd:kd_weight=1.0,temperature=4.0", "at:feature_weight=100.0", "uhkd", "sfkd"),
+]
+PARTS = [
+    *("sfkd", 'sfkd:ds2s="full"', 'sfkd:loss="mse"', 'sfkd:loss="infonce"', "sfkd:sigma=1e9", "sfkd:keep=1"),
+    *("sfkd:stages=[0,1,2,3]", "sfkd:kd_weight=1.0", "kd:kd_weight=10.0,temperature=4.0"),
+    *("uhkd", "uhkd:expansion=2.0", "uhkd:keep=1", "uhkd:stages=[0]"),
 ]
 
 
@@ -58,7 +51,7 @@ class Job:
         method: A name, or several with plus signs.
         options: Of the method, beside its defaults, and ``stages``.
         seed: Of the initial student and the order of the images.
-        kind: ``"trial"`` (validation images), ``"final"``, ``"scarce"`` or ``"ablation"`` (test images too).
+        kind: ``"trial"`` (validation images), ``"final"``, ``"scarce"`` or ``"part"`` (test images too).
         epochs: Passes over the images.
     """
 

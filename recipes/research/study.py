@@ -5,9 +5,9 @@ In `recipes/research`:
     python study.py record                                        # the teachers' features, once
     python study.py try --methods kd sfkd:feature_weight=40       # trials on the validation images
     python study.py final --seeds 3                               # the final table, on the test images
+    python study.py searched --seeds 3                            # the same, baselines with the best settings found
     python study.py final --pairs mixer:resnet_slim --epochs 60   # whether more epochs change it
-    python study.py ablations                                     # one part less each, beside the final runs
-    python study.py ablations --pairs lite0:resnet_slim --methods ce kd sfkd  # a CNN teaches the CNN
+    python study.py parts --seeds 3 --epochs 10                   # one part less or more each
     python study.py scarce --seeds 3                              # with labels for a tenth of the images
     python study_report.py                                        # tables and pictures of all that
 
@@ -66,11 +66,9 @@ def main() -> None:
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
     """Return what is asked for, seed by seed, so that a run that is stopped has whole seeds."""
-    asked = (
-        arguments.methods
-        or {"try": [], "final": jobs.FINAL, "scarce": jobs.FINAL, "ablations": jobs.ABLATIONS}[arguments.what]
-    )
-    kind = {"try": "trial", "ablations": "ablation"}.get(arguments.what, arguments.what)
+    lists = {"final": jobs.FINAL, "searched": jobs.SEARCHED, "scarce": jobs.FINAL, "parts": jobs.PARTS}
+    asked = arguments.methods or lists[arguments.what]
+    kind = {"try": "trial", "searched": "final", "parts": "part"}.get(arguments.what, arguments.what)
     return [
         Job(pair, *parse_method(words), seed=seed, kind=kind, epochs=arguments.epochs)
         for seed in range(arguments.seeds)
@@ -271,7 +269,7 @@ def accuracy(distiller: Distiller, data: Labelled) -> float:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["record", "try", "final", "scarce", "ablations"])
+    parser.add_argument("what", choices=["record", "try", "final", "searched", "scarce", "parts"])
     pairs = [*PAIRS, jobs.HOMOGENEOUS]
     parser.add_argument("--pairs", nargs="+", choices=pairs, default=PAIRS, metavar="PAIR", help=f"of {pairs}")
     parser.add_argument("--methods", nargs="+", metavar="NAME[:OPTION=VALUE,...]")

@@ -33,7 +33,7 @@ LEVELS = 2
 KINDS = {
     "final": ("All labels: test images", "test"),
     "scarce": ("Labels for a tenth of the images: test images", "test"),
-    "ablation": ("Ablations: test images", "test"),
+    "part": ("One part less or more: test images", "test"),
     "trial": ("Every trial: validation images", "validation"),
 }
 
@@ -75,18 +75,9 @@ def tables(rows: Sequence[Row]) -> str:
         for epochs in sorted({row["epochs"] for row in rows if row["kind"] == kind}):
             alike = [row for row in rows if row["epochs"] == epochs]
             of_kind = [row for row in alike if row["kind"] == kind]
-            if kind == "ablation":
-                of_kind = [*_whole_methods(alike, of_kind), *of_kind]
             length = "" if epochs == PROTOCOL["epochs"] else f" ({epochs} epochs)"
             parts.append(f"## {title}{length}\n\n{_results(of_kind, score)}")
     return "\n\n".join(parts) + "\n"
-
-
-def _whole_methods(rows: Sequence[Row], ablations: Sequence[Row]) -> list[Row]:
-    """Return the final runs of whole methods of the same pairs and seeds, from which ablations take something away."""
-    pairs = {(row["pair"], row["seed"]) for row in ablations}
-    final = [row for row in rows if row["kind"] == "final" and (row["pair"], row["seed"]) in pairs]
-    return [row for row in final if row["method"] in SHOWN and set(row["options"]) <= {"ds2s"}]
 
 
 def _results(rows: Sequence[Row], score: str) -> str:

@@ -1,52 +1,47 @@
-"""UHKD: its modules, its switches."""
+"""UHKD: its modules."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import features
-from spectral_methods import UHKD_OPTIONS, bound, same_pairs
+from spectral_methods import bound, same_pairs
 
-from hetkd import (
-    UHKD,
-    Stage,
-    StagePair,
-)
-from hetkd.methods.common.statistics import (
-    standardize_batch,
-    standardize_sample,
-)
-from hetkd.methods.uhkd import spectrum_per_pixel
+from hetkd import UHKD, Stage, StagePair
+from hetkd.spectral import low_waves
 
 
-@pytest.mark.parametrize("options", UHKD_OPTIONS)
-def test_uhkd_mixes_coefficients_as_it_would_mix_pixels(options):
-    pair = StagePair(Stage("t", 24, 14, 14), Stage("s", 12, 7, 8))
-    align, x = bound(UHKD(**options), [pair]).align[0], torch.randn(4, 12, 7, 8)
-    pixels = align.mix(align.layers(x))
-    keep = align.gain.shape[1]
-    expected = align.compress(spectrum_per_pixel(pixels, keep)) * (1 + align.gain) + align.bias
-    torch.testing.assert_close(align(x), expected, atol=1e-5, rtol=1e-4)
+def waves_of(image, grid, keep):
+    return torch.einsum("nk,bck->bnc", low_waves(grid, keep)[0], image.flatten(2))
 
 
-@pytest.mark.parametrize(("grid", "pixels"), [(14, (14, 12)), (6, (6, 6)), (3, (5, 5))])
-def test_uhkd_resamples_a_map_of_many_pixels_first(grid, pixels):
-    pair = StagePair(Stage("t", 24, 14, 14), Stage("s", 12, 14, 12))
-    align, x = bound(UHKD(grid=grid), [pair]).align[0], torch.randn(4, 12, 14, 12)
-    resampled = F.interpolate(x, pixels, mode="bilinear", antialias=True)
-    expected = spectrum_per_pixel(align.mix(align.layers(resampled)), 5) * (1 + align.gain) + align.bias
-    torch.testing.assert_close(align(x), expected, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize(("limit", "grid", "keep"), [(8, (7, 8), 5), (4, (4, 4), 4)])
+@pytest.mark.parametrize("expansion", [None, 2.0])
+def test_coefficients_are_those_of_aligned_pixels(limit, grid, keep, expansion):
+    pair = StagePair(Stage("t", 24, 14, 8), Stage("s", 12, 7, 9))
+    method = bound(UHKD(grid=limit, expansion=expansion), [pair])
+    x = torch.randn(4, 12, 7, 9)
+    aligned = F.interpolate(x, grid, mode="bilinear", antialias=True)
+    if expansion is not None:
+        expand = method.expand[0]
+        assert expand.out_features == 24
+        aligned = F.gelu(F.conv2d(aligned, expand.weight[:, :, None, None], expand.bias))
+    aligned = F.conv2d(aligned, method.project[0].weight[:, :, None, None])
+    torch.testing.assert_close(method.coefficients(0, x), waves_of(aligned, grid, keep), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", UHKD_OPTIONS[:5])
-def test_uhkd_is_zero_where_aligned_features_are_equal(options):
-    method = bound(UHKD(**options), same_pairs())
+def test_loss_is_the_error_of_what_is_standardised_on_both_sides():
+    pair = StagePair(Stage("t", 6, 8, 8), Stage("s", 3, 8, 8))
+    method = bound(UHKD(keep=3, feature_weight=1.0), [pair])
+    x, y = features((pair.student,), size=16), features((pair.teacher,), size=16)
+    found = method(x, method.encode(y))["uhkd.s"]
+    student, target = (z - z.mean(0) for z in (method.coefficients(0, x.maps[0]), waves_of(y.maps[0], (8, 8), 3)))
+    correlation = (student * target).mean(0) / (student.std(0, unbiased=False) * target.std(0, unbiased=False))
+    torch.testing.assert_close(found, (2 * (1 - correlation)).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_uhkd_is_zero_where_features_are_equal():
+    method = bound(UHKD(), same_pairs())
     x = features(tuple(pair.teacher for pair in same_pairs()), size=8)
-    targets = method.encode(x)
-    standardized = {"batch": lambda t: standardize_batch(t, is_complex=method.spectrum == "complex")}
-    make = standardized.get(method.normalize, standardize_sample)
-    for index in range(2):
-        aligned = make(targets[f"stage{index}"])
-        method.align[index].forward = lambda _, aligned=aligned: aligned
-    terms = method(x, targets)
-    assert terms["uhkd.a"] < 1e-6
-    assert terms["uhkd.b"] < 1e-6
+    terms = method(x, method.encode(x))
+    assert terms["uhkd.a"] < 1e-4
+    assert terms["uhkd.b"] < 1e-4

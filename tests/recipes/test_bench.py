@@ -12,7 +12,6 @@ import torch
 @pytest.mark.slow
 def test_bench_of_runs(tmp_path):
     import bench
-    import parts
     import runs
 
     short = bench.parse_arguments(["tap", "--repeats", "2", "--batch-size", "4"])
@@ -23,8 +22,6 @@ def test_bench_of_runs(tmp_path):
     row = runs.bench_loop("kd", torch.device("cpu"), short)
     assert row["fit_images_per_second"] > 0
     assert row["ratio"] == pytest.approx(row["fit_images_per_second"] / row["step_images_per_second"])
-    parts.FUSED_PAIRS[:] = [("small", "vit", "resnet_slim", 32, 2)]
-    assert [row["ds2s"] for row in parts.bench_fused(2, torch.device("cpu"))] == ["full", "lite", "None"]
     row = runs.bench_cache("kd", torch.device("cpu"), short)
     assert row["cached_ratio"] > 0
 
@@ -37,7 +34,7 @@ def test_bench_of_steps(tmp_path, monkeypatch, capsys):
     for module in (bench, steps):
         monkeypatch.setattr(module, "PAIRS", {"tiny": ("test_vit", "test_resnet")})
     monkeypatch.setattr(steps, "PIXELS", 160)
-    methods = ["kd", "sfkd", "sfkd lite", "timm.task logits", "timm.task features", "torchdistill kd"]
+    methods = ["kd", "sfkd", "sfkd ds2s", "timm.task logits", "timm.task features", "torchdistill kd"]
     words = ["--pairs", "tiny", "--methods", *methods, "--repeats", "2", "--batch-size", "2"]
     monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--json", str(tmp_path / "rows.json")])
     bench.main()
@@ -52,7 +49,7 @@ def test_bench_of_steps(tmp_path, monkeypatch, capsys):
         assert row["memory_ratio"] > 0.9
         assert row["images_per_second"] > 0
     added = {method: row["added_parameters"] for method, row in rows.items()}
-    assert added["sfkd"] > added["sfkd lite"] > added["kd"] == 0
+    assert added["sfkd ds2s"] > added["sfkd"] > added["kd"] == 0
     operations = {method: row["operations"] for method, row in rows.items()}
     assert operations["sfkd"] > operations["kd"] > operations["floor"] > 100
     phases = {"input transforms", "teacher", "encode", "student", "losses", "backward", "update"}
@@ -97,7 +94,7 @@ def test_bench_of_parts(monkeypatch):
     assert [row["transform"] for row in rows][:2] == ["low_frequencies", "to_grid"]
     assert all(row["ms"] > 0 for row in rows)
     with_levels = [row for row in parts.bench_growth(1, torch.device("cpu")) if row["varies"] == "levels"]
-    assert {row["method"] for row in with_levels} == {"sfkd", "sfkd lite"}
+    assert {row["method"] for row in with_levels} == {"sfkd ds2s"}
 
 
 @pytest.mark.parametrize("index", range(5))

@@ -51,9 +51,9 @@ def test_runs_tables_and_pictures(small):
         for method in ("ce", "kd", "fitnet", "uhkd", "sfkd"):
             job = study.Job(pair, *study.parse_method(method), kind="final", epochs=2)
             rows.append(study.train(job, small / "recorded", small / "students"))
-    job = study.Job(PAIR, *study.parse_method("sfkd:levels=0,stage_weights=[1,2,3,4]"), kind="ablation", epochs=2)
+    job = study.Job(PAIR, *study.parse_method("sfkd:keep=1,stage_weights=[1,2,3]"), kind="part", epochs=2)
     rows.append(study.train(job, small / "recorded", small / "students"))
-    assert rows[-1]["options"] == {"levels": 0, "stage_weights": [1, 2, 3, 4]}
+    assert rows[-1]["options"] == {"keep": 1, "stage_weights": [1, 2, 3]}
     again = study.train(study.Job(PAIR, "sfkd", kind="final", epochs=2), small / "recorded", small / "students")
     assert again["curve"] == next(row["curve"] for row in rows if row["key"] == again["key"])
     path = study.student_path(small / "students", PAIR, "kd")
@@ -68,7 +68,7 @@ def test_runs_tables_and_pictures(small):
     text = (small / "tables.md").read_text()
     gain = rows[1]["test"] - rows[0]["test"]
     assert f"| kd | {rows[1]['test']:.2f} (1) {gain:+.2f} |" in text
-    assert "sfkd (levels=0, stage_weights=[1, 2, 3, 4])" in text
+    assert "sfkd (keep=1, stage_weights=[1, 2, 3])" in text
     gain = rows[-1]["test"] - rows[-2]["test"]
     assert f"| kd | {rows[-1]['test']:.2f} (1) {gain:+.2f} |" in text.partition("test images (4 epochs)")[2]
     for name in ("curves", "cost", "cka", "bands"):

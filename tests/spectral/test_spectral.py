@@ -17,14 +17,13 @@ from hetkd.spectral import (
     Bands,
     GaussianWindow,
     LowFrequencies,
-    amplitude,
     dwt2,
     frequencies,
     gaussian_window,
-    half_plane_window,
     idwt2,
     list_wavelets,
     low_frequencies,
+    low_waves,
     real_fourier_basis,
 )
 
@@ -125,12 +124,24 @@ def test_keep_out_of_range(keep):
         low_frequencies(torch.zeros(7, 7), keep)
 
 
-def test_amplitude_is_invariant_to_circular_shifts_and_complex_is_not():
-    x = torch.randn(4, 8, 8)
-    shifted = x.roll((3, 5), dims=(-2, -1))
-    a, b = low_frequencies(x, 5), low_frequencies(shifted, 5)
-    torch.testing.assert_close(amplitude(a), amplitude(b), atol=1e-5, rtol=1e-4)
-    assert (a - b).abs().max() > 0.01
+@pytest.mark.parametrize("grid", GRIDS)
+def test_low_waves_are_an_orthonormal_basis_of_the_low_frequencies(grid):
+    keep = min(5, (min(grid) - 1) // 2 * 2 + 1)
+    waves, cycles = low_waves(grid, keep)
+    torch.testing.assert_close(waves @ waves.T, torch.eye(keep**2), atol=1e-5, rtol=0)
+    x = torch.randn(*grid)
+    spectrum = torch.fft.fft2(x)
+    rows, columns = (torch.fft.fftfreq(side, 1 / side).round().abs() <= keep // 2 for side in grid)
+    low_pass = torch.fft.ifft2(spectrum * torch.outer(rows, columns)).real
+    torch.testing.assert_close((waves.T @ (waves @ x.flatten())).view(grid), low_pass, atol=1e-5, rtol=1e-4)
+    for wave, (row, column) in zip(waves.unflatten(1, grid), cycles.tolist(), strict=True):
+        strongest = (torch.fft.fft2(wave).abs() > 1e-3).nonzero()
+        assert {(min(r, grid[0] - r), min(c, grid[1] - c)) for r, c in strongest.tolist()} == {(row, column)}
+
+
+def test_low_waves_need_a_grid_that_has_them():
+    with pytest.raises(ValueError, match=r"keep=5 must be between 1 and the smaller side of the 4 x 8 grid"):
+        low_waves((4, 8), 5)
 
 
 def test_real_fourier_basis_gates_the_spectrum():
@@ -156,15 +167,6 @@ def test_window_does_what_sigma_says():
         GaussianWindow(-1.0)
 
 
-def test_half_plane_window_weighs_as_the_whole_plane():
-    x = torch.randn(6, 7, 7, dtype=torch.float64)
-    whole = gaussian_window(7, 7, 0.6, dtype=torch.float64)[1:6, 1:6]
-    half = half_plane_window((7, 7), 5, 0.6).double()
-    energy = low_frequencies(x, 5).square().sum(-1)
-    half_energy = low_frequencies(x, 5, half=True).square().sum(-1)
-    torch.testing.assert_close((energy * whole).sum() / whole.sum(), (half_energy * half).sum() / half.sum())
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_computes_in_float32_under_autocast(dtype):
     x = torch.randn(2, 7, 7).to(dtype)
@@ -184,7 +186,6 @@ def test_complex_or_integer_input_is_refused():
     "function",
     [
         lambda x: low_frequencies(x, 3),
-        lambda x: amplitude(low_frequencies(x, 3)),
         lambda x: dwt2(x, "haar", 2).details[1],
         lambda x: dwt2(x, "db2", 1).low,
         lambda x: idwt2(Bands(x[..., :2, :2], (x[None, :2, :2].expand(3, 2, 2),)), "db2"),

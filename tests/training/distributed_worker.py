@@ -26,7 +26,7 @@ from hetkd.training.evaluate import eval_loader, measure
 
 CASES = {
     "kd": ("kd", {}),
-    "sfkd": ("sfkd", {"decorrelation": 0.01}),
+    "sfkd": ("sfkd", {"ds2s": "full"}),
     "sfkd, infonce": ("sfkd", {"loss": "infonce"}),
     "sfkd, pca and mse": ("sfkd", {"width": 8, "reduction": "pca", "loss": "mse"}),
     "uhkd": ("uhkd", {}),

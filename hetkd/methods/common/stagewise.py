@@ -29,11 +29,13 @@ class StagewiseMethod(Method):
 
     Attributes:
         stages_share_weight: Whether the default weights of the stages sum to 1, or are 1 each.
+        leaves_last_stage: Whether the automatic pairs are without the last one, if there are others.
         term: Name of the method's terms.
     """
 
     automatic_stages: ClassVar[int] = 4
     stages_share_weight: ClassVar[bool] = True
+    leaves_last_stage: bool = False
     term: ClassVar[str]
 
     def __init__(
@@ -49,6 +51,11 @@ class StagewiseMethod(Method):
         if isinstance(stage_weights, str) and stage_weights != "learnt":
             raise unknown_name("stage_weights", stage_weights, ["learnt"])
         self.stage_weights = stage_weights
+
+    def automatic_pairs(self, pairs: Sequence[StagePair], pooled: StagePair | None) -> list[StagePair]:
+        """Return the last `automatic_stages` pairs, without the very last if it is left to the logits."""
+        found = super().automatic_pairs(pairs, pooled)
+        return found[:-1] if self.leaves_last_stage and len(found) > 1 else found
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Make the parameters for these stage pairs; see `Method.bind`.
@@ -168,24 +175,3 @@ class PooledMethod(FeatureMethod):
 def count_parameters(*modules: nn.Module) -> int:
     """Return the number of parameters that the modules learn."""
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
-
-
-def kept_frequencies(keep: int | None, pair: StagePair, largest: int) -> int:
-    """Return the number K of frequencies per axis to compare: ``keep``, or 5 where the grid has that many.
-
-    Args:
-        keep: The user's choice, if any.
-        pair: The stage pair, for the error.
-        largest: The smallest side of the grid on which frequencies are taken.
-
-    Raises:
-        ValueError: If ``keep`` is not between 1 and ``largest``.
-    """
-    if keep is None:
-        return min(5, largest)
-    if not 1 <= keep <= largest:
-        raise ValueError(
-            f"keep={keep} must be between 1 and {largest}, the smallest side of the grid of the stage pair "
-            f"{pair.teacher} / {pair.student}."
-        )
-    return keep

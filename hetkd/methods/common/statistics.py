@@ -1,7 +1,5 @@
 """Standardise and compare coefficients of student and teacher."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,17 +11,11 @@ TARGET_EPS = 1e-30  # targets have no gradient that a small divisor could blow u
 _RELATIVE_EPS = 1e-10
 
 
-def standardize_sample(x: Tensor) -> Tensor:
-    """Divide each sample ``[B, ...]`` by the root mean square of its own coefficients."""
-    return x * (x.square().mean(dim=tuple(range(1, x.ndim)), keepdim=True) + _EPS).rsqrt()
-
-
-def standardize_batch(x: Tensor, *, is_complex: bool = False, eps: float = _EPS) -> Tensor:
+def standardize_batch(x: Tensor, *, eps: float = _EPS) -> Tensor:
     """Give each coefficient ``[B, ...]`` mean 0 and variance 1 over the batch of all processes.
 
     Args:
-        x: ``[B, ...]``; for complex numbers with real and imaginary parts in the last axis.
-        is_complex: Whether real and imaginary parts share one variance.
+        x: ``[B, ...]``.
         eps: Added to the variance.
 
     Raises:
@@ -34,122 +26,50 @@ def standardize_batch(x: Tensor, *, is_complex: bool = False, eps: float = _EPS)
         tensor([[-1., -1.],
                 [ 1.,  1.]])
     """
-    centred, variance, floor = _centre(x, is_complex, eps)
+    centred, variance, floor = _centre(x, eps)
     return centred * (variance + floor).rsqrt()
 
 
-def _centre(x: Tensor, is_complex: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _centre(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return coefficients without their mean over the batch, their variance, and the least variance that counts."""
     mean = _batch_mean(x)
     centred = x - mean
     variance = _batch_mean(centred.square())
     # Rounding noise on a constant coefficient is no variance.
-    floor = _RELATIVE_EPS * (variance + mean.square()) + eps
-    if is_complex:
-        variance, floor = variance.sum(-1, keepdim=True), floor.sum(-1, keepdim=True)
-    return centred, variance, floor
+    return centred, variance, _RELATIVE_EPS * (variance + mean.square()) + eps
 
 
-def correlation_losses(
-    students: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    weight: Tensor,
-    *,
-    is_complex: bool = False,
-    decorrelation: float = 0.0,
-) -> list[Tensor]:
-    r"""Compare coefficients of some stages by their correlation over the batch of all processes.
+def correlation_loss(student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    r"""Compare coefficients by their correlation over the batch of all processes.
 
-    .. math:: L = \frac{\sum_k w_k (1 - \rho_k)^2}{\sum_k w_k}, \quad
-        \rho_k = \frac{\mathrm{Re} \sum_b \tilde s_{bk} \overline{\tilde t_{bk}}}{\|\tilde s_k\| \|\tilde t_k\|}
+    .. math:: L = \frac{\sum_{nd} w_n (1 - \rho_{nd})^2}{\sum_{nd} w_n}
 
-    with coefficients centred over the batch. At zero frequency alone this is the diagonal of RSD (arXiv 2507.21844).
-    Coefficients that do not vary in the teacher are left out.
+    where :math:`\rho_{nd}` is the correlation of coefficient n of channel d between student and teacher. With the mean
+    of a map as its only coefficient this is the diagonal of RSD (arXiv 2507.21844). Coefficients that do not vary in
+    the teacher are left out.
 
     Args:
-        students: ``[B, D, *K]`` of each stage, or ``[B, D, *K, 2]`` for complex coefficients.
-        targets: Of the same shapes, without gradient.
-        weight: ``[N]``, not negative: of the D * K coefficients of the first stage, then of the second, and so on.
-        is_complex: Whether the last axis holds real and imaginary parts.
-        decorrelation: Weight of RSD's off-diagonal term: the squared correlations between different channels at the
-            same frequency, summed over one and averaged over the other.
+        student: ``[B, N, D]``.
+        target: Of the same shape, without gradient.
+        weight: ``[N]``, not negative.
 
     Returns:
-        A scalar a stage, between 0 and 4 (without ``decorrelation``).
+        A scalar between 0 and 4.
 
     Raises:
         ValueError: If the batch of all processes has a single image.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+        >>> correlation_loss(5 * x + 1, x, torch.ones(1)), correlation_loss(-x, x, torch.ones(1))
+        (tensor(0.), tensor(4.))
     """
-    channels = [x.shape[1] for x in students]
-    student, sizes = _side_by_side(students, is_complex)
-    target, _ = _side_by_side(targets, is_complex)
-    student, student_variance, student_floor = _centre(student, True, _EPS)
-    target, target_variance, target_floor = _centre(target, True, TARGET_EPS)
-    student_scale, target_scale = (student_variance + student_floor).rsqrt(), (target_variance + target_floor).rsqrt()
-    correlation = _batch_mean(student * target).sum(-1) * (student_scale * target_scale).squeeze(-1)
-    weight = weight * (target_variance > target_floor).squeeze(-1)
-    losses = _weighted_means((1 - correlation).square(), weight, sizes)
-    if decorrelation:
-        scaled = ((student * student_scale).split(sizes, 1), (target * target_scale).split(sizes, 1))
-        parts = zip(channels, *scaled, weight.split(sizes), strict=True)
-        losses = [loss + decorrelation * _off_diagonal(*part) for loss, part in zip(losses, parts, strict=True)]
-    return losses
-
-
-def _off_diagonal(channels: int, student: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    student, target = student.unflatten(1, (channels, -1)), target.unflatten(1, (channels, -1))
-    cross = sum_over_processes(torch.einsum("bckr,bdkr->kcd", student, target)) / _global_batch(student)
-    off = 1 - torch.eye(channels, device=cross.device, dtype=cross.dtype)
-    weight = weight.unflatten(0, (channels, -1)).mean(0)
-    return (weight * (cross * off).square().sum((1, 2)) / channels).sum() / weight.sum().clamp_min(_EPS)
-
-
-def squared_errors(
-    students: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    weight: Tensor,
-    *,
-    is_complex: bool = False,
-    standardize: bool = False,
-) -> list[Tensor]:
-    """Return the mean squared difference of some stages.
-
-    Args:
-        students: See `correlation_losses`.
-        targets: See there.
-        weight: See there.
-        is_complex: See there.
-        standardize: Whether targets go through `standardize_batch` first.
-
-    Raises:
-        ValueError: If they do, and the batch of all processes has a single image.
-    """
-    student, sizes = _side_by_side(students, is_complex)
-    target, _ = _side_by_side(targets, is_complex)
-    if standardize:
-        target = standardize_batch(target, is_complex=True, eps=TARGET_EPS)
-    return _weighted_means((student - target).square().mean((0, -1)), weight, sizes)
-
-
-def weights_side_by_side(windows: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
-    """Return the ``weight`` of `correlation_losses`, from the weights ``[*K]`` of each stage and its channels D."""
-    parts = zip(windows, channels, strict=True)
-    return torch.cat([window.expand(count, *window.shape).flatten() for window, count in parts])
-
-
-def _side_by_side(parts: Sequence[Tensor], is_complex: bool) -> tuple[Tensor, list[int]]:
-    """Return the coefficients of all stages as ``[B, N, 1 or 2]``, and how many are of each.
-
-    All of them at once cost as many operations, and exchanges between processes, as those of one stage.
-    """
-    flat = [x.flatten(1, -2) if is_complex else x.flatten(1).unsqueeze(-1) for x in parts]
-    return torch.cat(flat, dim=1), [x.shape[1] for x in flat]
-
-
-def _weighted_means(x: Tensor, weight: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Return the weighted means of the parts of ``[N]`` that have these sizes."""
-    parts = zip((weight * x).split(sizes), weight.split(sizes), strict=True)
-    return [product.sum() / of_part.sum().clamp_min(_EPS) for product, of_part in parts]
+    student, student_variance, student_floor = _centre(student, _EPS)
+    target, target_variance, target_floor = _centre(target, TARGET_EPS)
+    scale = (student_variance + student_floor).rsqrt() * (target_variance + target_floor).rsqrt()
+    correlation = _batch_mean(student * target) * scale
+    weights = weight[:, None] * (target_variance > target_floor)
+    return (weights * (1 - correlation).square()).sum() / weights.sum().clamp_min(_EPS)
 
 
 def infonce(student: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
@@ -179,8 +99,7 @@ def _global_batch(x: Tensor) -> float:
     count = x.shape[0] * world_size()
     if count < 2:
         raise ValueError(
-            "a batch of one image has no statistics: use larger batches (drop_last=True for the last one) or "
-            "normalize='sample'."
+            "a batch of one image has no statistics: use larger batches (drop_last=True for the last one)."
         )
     return float(count)
 
@@ -213,12 +132,12 @@ class ChannelReduction(nn.Module):
             self._fit_at_next_call = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, ...]`` to ``[B, D, ...]``."""
+        """Map ``[B, N, C]`` to ``[B, N, D]``."""
         if "basis" not in self._buffers:
             return x
         if self._fit_at_next_call:
             self._fit(x)
-        return torch.einsum("bc...,cd->bd...", x, self.basis.to(x.dtype))
+        return x @ self.basis.to(x.dtype)
 
     @property
     def is_fitted(self) -> bool:
@@ -229,7 +148,7 @@ class ChannelReduction(nn.Module):
         self._fit_at_next_call = False
         if self.fitted:  # restored from a checkpoint
             return
-        positions = x.flatten(2).transpose(1, 2).flatten(0, 1).double()
+        positions = x.flatten(0, 1).double()
         count = len(positions) * world_size()
         positions = positions - sum_over_processes(positions.sum(0)) / count
         covariance = sum_over_processes(positions.T @ positions) / count

@@ -1,16 +1,11 @@
 """DS2S: dual-stream dual-stage refinement of wavelet sub-bands (SFKD, arXiv 2607.01906; our own reading)."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetkd.methods.common.linear import mix_channels
 from hetkd.spectral import Bands, real_fourier_basis
 
-LITE_CHANNELS = 16
 _KERNEL = 3
 _FEW_PIXELS = 4
 
@@ -23,31 +18,15 @@ class DS2S(nn.Module):
     band a learnable share of every other one, resampled to its grid, and the spectral stream gates each band by the
     spectral energies of all of them, so that low and high frequencies exchange information.
 
-    Bands of several feature maps of one grid are refined together, their channels side by side: nothing is shared
-    between them, but as many operations as for one of them do for all.
-
     Args:
-        channels: Of the feature maps; D is their sum.
+        channels: D of the feature map.
         grid: Height and width of the map that the bands come from.
-        levels: J of the wavelet transform.
-        streams: ``"both"``, ``"spatial"`` or ``"spectral"``.
-        stages: 1 (within bands only) or 2; without a wavelet transform there is one band, and one stage.
-        gate_whole_map: Whether without a wavelet transform (``levels=0``) the spectral stream gates the map's own
-            spectrum. A loss that standardises each coefficient of it does not see that.
+        levels: J of the wavelet transform; with 0 there is one band, and one stage.
+        streams: ``"full"`` (both), ``"spatial"`` or ``"spectral"``.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        grid: tuple[int, int],
-        levels: int,
-        *,
-        streams: str = "both",
-        stages: int = 2,
-        gate_whole_map: bool = True,
-    ) -> None:
+    def __init__(self, channels: int, grid: tuple[int, int], levels: int, *, streams: str = "full") -> None:
         super().__init__()
-        self.channels, total = list(channels), sum(channels)
         groups = [(3, (grid[0] >> level, grid[1] >> level)) for level in range(1, levels + 1)]
         coarsest = (grid[0] >> levels, grid[1] >> levels)
         groups = [*groups[:-1], (4, coarsest)] if levels else [(1, coarsest)]
@@ -57,33 +36,21 @@ class DS2S(nn.Module):
             if size == (1, 1):  # a single coefficient has no surroundings and no spectrum
                 continue
             if spatial:
-                self.kernels[str(index)] = DepthwiseKernel(total, count, size)
-            if spectral and (levels or gate_whole_map):
-                self.gates[str(index)] = SpectralGate(total, count, size)
+                self.kernels[str(index)] = DepthwiseKernel(channels, count, size)
+            if spectral:
+                self.gates[str(index)] = SpectralGate(channels, count, size)
         bands = sum(count for count, _ in groups)
-        across = stages == 2 and bands > 1
-        self.exchange = nn.Parameter(torch.zeros(total, bands, bands)) if spatial and across else None
-        self.balances = nn.ModuleList(BandBalance(bands) for _ in channels) if spectral and across else None
+        self.exchange = nn.Parameter(torch.zeros(channels, bands, bands)) if spatial and levels else None
+        self.balance = BandBalance(bands) if spectral and levels else None
 
     def forward(self, bands: Bands) -> Bands:
         """Return refined bands of the same shapes."""
-        return to_bands(self.refined(to_groups(bands)))
-
-    def refined(self, groups: list[Tensor]) -> list[Tensor]:
-        """Refine bands that are stacked by their grids; see `to_groups`."""
-        groups = [self._within_bands(index, x) for index, x in enumerate(groups)]
+        groups = [self._within_bands(index, x) for index, x in enumerate(to_groups(bands))]
         if self.exchange is not None:
             groups = self._across_bands(groups, self.exchange)
-        if self.balances is not None:
-            groups = self._balanced(groups, self.balances)
-        return groups
-
-    def parameters_of(self, index: int) -> int:
-        """Return the number of parameters of one of the feature maps."""
-        one_a_channel = [*self.kernels.parameters(), *self.gates.parameters()]
-        one_a_channel += [] if self.exchange is None else [self.exchange]
-        balance = [] if self.balances is None else self.balances[index].parameters()
-        return sum(p[0].numel() * self.channels[index] for p in one_a_channel) + sum(p.numel() for p in balance)
+        if self.balance is not None:
+            groups = self._balanced(groups, self.balance)
+        return to_bands(groups)
 
     def _within_bands(self, index: int, x: Tensor) -> Tensor:
         changes = [stream[str(index)](x) for stream in (self.kernels, self.gates) if str(index) in stream]
@@ -97,11 +64,10 @@ class DS2S(nn.Module):
             for x, row in zip(groups, rows, strict=True)
         ]
 
-    def _balanced(self, groups: list[Tensor], balances: nn.ModuleList) -> list[Tensor]:
+    def _balanced(self, groups: list[Tensor], balance: nn.Module) -> list[Tensor]:
         # By Parseval's theorem the mean square of a band is the energy of its spectrum.
         energy = torch.cat([x.square().mean((-2, -1)) for x in groups], dim=2)
-        parts = zip(balances, energy.split(self.channels, dim=1), strict=True)
-        scales = torch.cat([balance(part) for balance, part in parts], dim=1).split([x.shape[2] for x in groups], dim=2)
+        scales = balance(energy).split([x.shape[2] for x in groups], dim=2)
         return [x * scale[..., None, None] for x, scale in zip(groups, scales, strict=True)]
 
 
@@ -137,45 +103,6 @@ def _resample(x: Tensor, like: Tensor) -> Tensor:
     size, flat = like.shape[-2:], x.flatten(1, 2)
     resampled = F.interpolate(flat, size) if size[0] > x.shape[-2] else F.avg_pool2d(flat, x.shape[-2] // size[0])
     return resampled.unflatten(1, x.shape[1:3])
-
-
-class LiteDS2S(nn.Module):
-    """Refines a few mixtures of the channels by DS2S, and adds what it changes; at the start it is the identity.
-
-    Both mixtures, there and back, are learnt, for each feature map its own.
-
-    Args:
-        channels: See `DS2S`.
-        grid: See `DS2S`.
-        levels: See `DS2S`.
-        **options: Of `DS2S`.
-    """
-
-    def __init__(self, channels: Sequence[int], grid: tuple[int, int], levels: int, **options: Any) -> None:
-        super().__init__()
-        self.channels = list(channels)
-        few = [min(count, LITE_CHANNELS) for count in channels]
-        self.reduce = nn.ParameterList(
-            nn.init.orthogonal_(torch.empty(*size)) for size in zip(few, channels, strict=True)
-        )
-        self.refine = DS2S(few, grid, levels, **options)
-        self.expand = nn.ParameterList(reduce.detach().T.clone() for reduce in self.reduce)
-
-    def forward(self, bands: Bands) -> Bands:
-        """Return refined bands of the same shapes."""
-        groups = to_groups(bands)
-        few = [_mix_parts(self.reduce, x.split(self.channels, dim=1)) for x in groups]
-        changes = [refined - x for refined, x in zip(self.refine.refined(few), few, strict=True)]
-        parts = [change.split(self.refine.channels, dim=1) for change in changes]
-        return to_bands([x + _mix_parts(self.expand, part) for x, part in zip(groups, parts, strict=True)])
-
-    def parameters_of(self, index: int) -> int:
-        """Return the number of parameters of one of the feature maps."""
-        return self.reduce[index].numel() + self.expand[index].numel() + self.refine.parameters_of(index)
-
-
-def _mix_parts(weights: nn.ParameterList, parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([mix_channels(weight, x) for weight, x in zip(weights, parts, strict=True)], dim=1)
 
 
 class DepthwiseKernel(nn.Module):
