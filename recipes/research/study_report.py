@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import CLASSES, HOMOGENEOUS, PAIRS, PIXELS, PROTOCOL
+from jobs import CLASSES, PAIRS, PIXELS, PROTOCOL
 from study import Split, load_split, load_teacher, student_path
+from study_tables import name_of, pairs_of, tables
 from torch import Tensor, nn
 
 from hetkd import Distiller
@@ -30,12 +31,6 @@ ORANGE, GREEN = "#e0862a", "#1c9a5b"
 COLOURS = {"ce": GRAY, "kd": "#b23a8e", "uhkd": ORANGE, "sfkd": BLUE}
 SHOWN = ("ce", "kd", "uhkd", "sfkd")
 LEVELS = 2
-KINDS = {
-    "final": ("All labels: test images", "test"),
-    "scarce": ("Labels for a tenth of the images: test images", "test"),
-    "part": ("One part less or more: test images", "test"),
-    "trial": ("Every trial: validation images", "validation"),
-}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -55,66 +50,6 @@ def main(words: list[str] | None = None) -> None:
         draw_cost(final, arguments.output / "cost.png")
     if arguments.features:
         draw_features(arguments.students, arguments.teachers, arguments.output)
-
-
-def name_of(row: Row) -> str:
-    """Return the method with the options that are not its defaults."""
-    options = ", ".join(f"{name}={value!r}" for name, value in row["options"].items())
-    return f"{row['method']} ({options})" if options else row["method"]
-
-
-def pairs_of(rows: Sequence[Row]) -> list[str]:
-    """Return the pairs that there are rows for."""
-    return [pair for pair in (*PAIRS, HOMOGENEOUS) if any(row["pair"] == pair for row in rows)]
-
-
-def tables(rows: Sequence[Row]) -> str:
-    """Return all tables as Markdown; runs of more or fewer epochs than the protocol's have tables of their own."""
-    parts = []
-    for kind, (title, score) in KINDS.items():
-        for epochs in sorted({row["epochs"] for row in rows if row["kind"] == kind}):
-            alike = [row for row in rows if row["epochs"] == epochs]
-            of_kind = [row for row in alike if row["kind"] == kind]
-            length = "" if epochs == PROTOCOL["epochs"] else f" ({epochs} epochs)"
-            parts.append(f"## {title}{length}\n\n{_results(of_kind, score)}")
-    return "\n\n".join(parts) + "\n"
-
-
-def _results(rows: Sequence[Row], score: str) -> str:
-    """Return a table: a line a method; for each pair mean and spread (seeds), and gain over ce paired by seed."""
-    pairs = pairs_of(rows)
-    heads = [pair.replace(":", " -> ") for pair in pairs]
-    lines = [
-        f"| method | {' | '.join(heads)} | mean gain | added parameters | time, ce = 1 |",
-        f"|---|{'--:|' * len(pairs)}--:|--:|--:|",
-    ]
-    for name in dict.fromkeys(name_of(row) for row in rows):
-        cells, gains, times = [], [], []
-        of_method = [row for row in rows if name_of(row) == name]
-        for pair in pairs:
-            of_pair = {row["seed"]: row for row in of_method if row["pair"] == pair}
-            alone = {row["seed"]: row for row in rows if row["pair"] == pair and name_of(row) == "ce"}
-            paired = [row[score] - alone[seed][score] for seed, row in of_pair.items() if seed in alone]
-            times += [row["seconds"] / alone[seed]["seconds"] for seed, row in of_pair.items() if seed in alone]
-            cells.append(f"{_mean_and_spread([row[score] for row in of_pair.values()])} {_signed(paired)}".strip())
-            gains.append(paired)
-        mean_gain = _signed([statistics.mean(paired) for paired in gains] if all(gains) else []) or "-"
-        counts = {row["added_parameters"] for row in of_method}
-        added = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
-        time = f"{statistics.median(times):.2f}" if times else "-"
-        lines.append(f"| {name} | {' | '.join(cells)} | {mean_gain} | {added} | {time} |")
-    return "\n".join(lines)
-
-
-def _mean_and_spread(scores: Sequence[float]) -> str:
-    if not scores:
-        return "-"
-    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.2f}{spread} ({len(scores)})"
-
-
-def _signed(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):+.2f}" if values else ""
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:

@@ -176,7 +176,7 @@ def test_own_adapter_wins_and_is_listed():
         assert "test-own" in list_adapters()
         assert find_adapter(OwnCNN()).family == "own"
         distiller = Distiller(OwnCNN(), tiny_cnn(), "sfkd", input_size={"teacher": 32, "student": 32})
-        assert [row.teacher for row in distiller.plan.rows][:2] == ["body.1", "body.3"]
+        assert [stage.name for stage in distiller.taps["teacher"].listed] == ["body.1", "body.3"]
         with pytest.raises(ValueError, match="already registered"):
             register_adapter("test-own")
     finally:

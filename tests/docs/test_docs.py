@@ -58,7 +58,7 @@ def test_readme(index, small_world):
 def test_adapters_readme(index, small_world, capsys):
     try:
         run(snippets("adapters/README.md")[index])
-        assert "blocks.7" in capsys.readouterr().out
+        assert "blocks.5" in capsys.readouterr().out
     finally:
         adapters._items.pop("stripe", None)
 

@@ -123,10 +123,10 @@ def test_correlation_is_pearsons_along_either_axis(dim):
 def test_stage_weights_that_weigh_more_than_the_default_are_said_in_the_plan():
     plans = [
         str(Distiller(tiny_vit(), tiny_cnn(), "sfkd", input_size=32, stage_weights=weights).plan)
-        for weights in (None, "learnt", [0.25] * 4, [1, 1, 1, 1])
+        for weights in (None, "learnt", [0.5, 0.25, 0.25], [1, 1, 1])
     ]
     assert not any("stage_weights" in plan for plan in plans[:3])
-    assert "stage_weights sum to 4, by default to 1: sfkd's terms weigh 4 times as much." in plans[3]
+    assert "stage_weights sum to 3, by default to 1: sfkd's terms weigh 3 times as much." in plans[3]
 
 
 def test_crd_takes_options_of_stages_too():

@@ -5,6 +5,7 @@ import json
 import pytest
 import study
 import study_report
+import study_tables
 import torch
 from recorded import RecordedViews, view_of
 
@@ -131,3 +132,41 @@ def test_a_view_is_a_shift_and_a_flip():
             assert any(torch.equal(image, cut) or torch.equal(image, cut.flip(2)) for cut in cuts)
     assert any(not torch.equal(view, views[0]) for view in views[1:])
     assert torch.equal(view_of(images, torch.tensor([1]), 3)[0], views[3][1])
+
+
+def test_images_are_changed_as_it_says():
+    import robustness
+
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(robustness.CHANGES["clean"](x), x)
+    assert torch.equal(robustness.noise(x, 0.1), robustness.noise(x, 0.1))
+    assert (robustness.noise(x, 0.1) - x).std().item() == pytest.approx(0.1, abs=0.03)
+    t = 2 * torch.pi * torch.arange(32) / 32
+    slow, fast = (0.5 + 0.2 * torch.cos(cycles * t).expand(1, 3, 32, 32) for cycles in (3, 9))
+    torch.testing.assert_close(robustness.low_pass(slow, 5), slow)
+    torch.testing.assert_close(robustness.low_pass(fast, 5), torch.full_like(fast, 0.5), atol=1e-5, rtol=0)
+    assert robustness.blur(fast, 1.0).std() < 0.3 * fast.std()
+    assert robustness.blur(slow, 1.0)[..., 8:24].std() > 0.7 * slow[..., 8:24].std()
+
+
+def test_saved_students_are_tested_on_every_kind_of_images(tmp_path, monkeypatch, capsys):
+    import robustness
+
+    images, labels = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20)
+    monkeypatch.setattr(robustness, "load_split", lambda: study.Split(*[(images, labels)] * 3))
+    save_model(build_small("resnet_slim", 32, study.CLASSES, 3)[0], study.student_path(tmp_path, PAIR, "ce"))
+    words = ["--pairs", PAIR, "--methods", "ce", "--students", str(tmp_path), "--output", str(tmp_path / "out.jsonl")]
+    robustness.main(words)
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert row["top1"].keys() == robustness.CHANGES.keys()
+    assert "low-pass 5" in capsys.readouterr().out
+
+
+def test_differences_are_paired_by_pair_and_seed():
+    def row(method, pair, seed, test):
+        return {"method": method, "options": {}, "pair": pair, "seed": seed, "test": test}
+
+    reference = [row("sfkd", "a", 0, 30.0), row("sfkd", "a", 1, 31.0), row("sfkd", "b", 0, 20.0)]
+    others = [row("kd", "b", 0, 19.0), row("kd", "a", 1, 28.0), row("kd", "c", 0, 99.0)]
+    assert study_tables._against(others, reference, "test") == "-2.00 ± 1.00 (2)"
+    assert study_tables._against(reference, reference, "test") == "-"
