@@ -34,6 +34,7 @@ from hetkd.methods import (
     register_method,
 )
 from hetkd.models import list_models, load_model
+from hetkd.student import Prediction, Student, load_student
 
 __version__ = "0.1.0"
 
@@ -57,17 +58,20 @@ __all__ = [
     "Method",
     "OFA",
     "PooledMethod",
+    "Prediction",
     "RKD",
     "RSD",
     "SFKD",
     "Stage",
     "StagePair",
     "StagewiseMethod",
+    "Student",
     "UHKD",
     "list_adapters",
     "list_methods",
     "list_models",
     "load_model",
+    "load_student",
     "register_adapter",
     "register_method",
 ]

@@ -16,7 +16,7 @@ from hetkd.methods.common.method import Method, make_method
 from hetkd.methods.common.stagewise import count_parameters
 from hetkd.models.hugging_face import copy_label_names
 from hetkd.models.inputs import Normalization
-from hetkd.models.load import load_model
+from hetkd.models.load import is_file, load_model
 from hetkd.models.wrappers import tapped_module, unwrap
 from hetkd.plan import Plan, PlanRow
 from hetkd.teachers import MultiTeacher, RecordedTap, RecordedTeachers, Teachers, parts_of
@@ -69,7 +69,7 @@ def assemble(
         recorded if recorded is not None else _live_taps(given, made, sizes.get("teacher"), normalized, teacher_classes)
     )
     if isinstance(student, str):
-        classes = taps[0].classes if num_classes is None and taps else num_classes
+        classes = taps[0].classes if num_classes is None and taps and not is_file(student) else num_classes
         student = load_model(student, pretrained=False, num_classes=classes)
         if taps:
             copy_label_names(taps[0].model, student)

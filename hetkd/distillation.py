@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from hetkd.features.hooks import both_classifiers, eval_mode
 from hetkd.features.pairing import StageChoice
 from hetkd.features.tap import Size, Tap
 from hetkd.methods.common.method import Method
+from hetkd.models.description import Description, describe
 from hetkd.models.inputs import Normalization, check_images, check_labels
 from hetkd.models.wrappers import tapped_module
 from hetkd.teachers import Encoded
@@ -77,6 +79,7 @@ class Distillation(nn.Module):
         self.teachers, self.method, self.plan = parts.teachers, parts.method, parts.plan
         self.normalized = normalized is not None
         self.class_names: list[str] | None = None  # in the order of the logits, once training data tell them
+        self.trained: dict[str, Any] = {}  # what `fit` has to say of the student: epochs, accuracy, data
         self._looked_at_values = False
         self._compiled_anew = False
         self.to(self.student_tap.device)  # new parameters follow models that were on their device before
@@ -178,6 +181,12 @@ class Distillation(nn.Module):
         Several teachers are ``"teacher0"``, ``"teacher1"`` and so on.
         """
         return {tap.role: tap for tap in (*self.teachers.taps, self.student_tap)}
+
+    def describe_student(self) -> Description:
+        """Return what a file of the student says of it: how it is built, its images, its classes, how it was made."""
+        made = {"plan": self.plan.title, "method": self.method.settings(), "hetkd": version("hetkd"), **self.trained}
+        size, spec = self.student_tap.size, self.student_inputs.spec
+        return describe(self.student, size=size, spec=spec, classes=self.class_names, made=made)
 
     @property
     def classes(self) -> int | None:

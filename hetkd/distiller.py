@@ -9,7 +9,7 @@ import torch
 
 from hetkd.data.samples import Keys
 from hetkd.distillation import Distillation
-from hetkd.models.weights import save_model
+from hetkd.models.weights import save_described
 from hetkd.utils.checks import choice, whole_number
 
 if TYPE_CHECKING:
@@ -199,7 +199,11 @@ class Distiller(Distillation):
     def save_student(self, path: str | Path) -> None:
         """Save the plain student, with its library's own keys: hetkd is not needed to load it.
 
+        The file says what it is (architecture, input size and normalisation, class names, how it was made), so that
+        `hetkd.load_student` needs nothing but its path. ``FILE.json`` beside it says the same in timm's words.
+
         Args:
-            path: ``FILE.safetensors``; for a Hugging Face student also a directory (``save_pretrained``).
+            path: ``FILE.safetensors``; for a Hugging Face student also a directory (``save_pretrained``, with the image
+                processor).
         """
-        save_model(self.student, path, self.class_names)
+        save_described(self.student, path, self.describe_student())

@@ -16,7 +16,7 @@ LAYERS = [
     ("hetkd.assemble",),
     ("hetkd.distillation",),
     ("hetkd.training",),
-    ("hetkd.distiller",),
+    ("hetkd.distiller", "hetkd.student"),
     ("hetkd",),
     ("recipes",),
 ]

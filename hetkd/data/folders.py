@@ -98,6 +98,18 @@ def open_folder(path: Path, what: str) -> ImageFiles | ClassFolders:
     return ClassFolders(path, what)
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """Return the pictures of a folder and its visible subfolders, sorted.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = [path for path in _files(folder) if path.suffix.lower() in EXTENSIONS]
+    if not found:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(EXTENSIONS))}).")
+    return found
+
+
 def _files(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder and its visible subfolders, as torchvision orders them."""
     for root, _, names in sorted(os.walk(folder, followlinks=True)):

@@ -290,6 +290,15 @@ def _as_it_is(batch: Any) -> Any:
 
 def image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Any], Tensor]:
     """Return the transform from a PIL image to a uint8 tensor ``[C, H, W]``: training crops and flips at random."""
+    from torchvision.transforms import v2
+
+    colour = v2.Lambda(partial(upright_8bit, mode="L" if spec.channels == 1 else "RGB"))
+    transform: Callable[[Any], Tensor] = v2.Compose([colour, v2.PILToTensor(), crop_transform(spec, size, train)])
+    return transform
+
+
+def crop_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Tensor], Tensor]:
+    """Return the part of `image_transform` that works on tensors ``[C, H, W]``."""
     from torchvision.transforms import InterpolationMode, v2
 
     mode = InterpolationMode(spec.interpolation)
@@ -300,6 +309,5 @@ def image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Call
         crop = [v2.Resize(size, interpolation=mode)]
     else:
         crop = [v2.Resize(math.floor(max(size) / spec.crop_ratio), interpolation=mode), v2.CenterCrop(size)]
-    colour = v2.Lambda(partial(upright_8bit, mode="L" if spec.channels == 1 else "RGB"))
-    transform: Callable[[Any], Tensor] = v2.Compose([colour, v2.PILToTensor(), *crop])
+    transform: Callable[[Tensor], Tensor] = v2.Compose(crop)
     return transform

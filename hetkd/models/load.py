@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hetkd.models.description import BUILT_FROM, Description, read_description
 from hetkd.models.weights import load_weights
 from hetkd.utils.checks import choice, unknown_name
 
@@ -29,11 +30,13 @@ def load_model(
 
     Args:
         name: ``"timm:NAME"``, ``"hf:ORG/NAME"`` or ``"hf:DIRECTORY"`` (of ``save_pretrained``), or
-            ``"torchvision:NAME"``; a bare name means timm.
+            ``"torchvision:NAME"``; a bare name means timm. Or ``"FILE.safetensors"`` that hetkd saved: the file says
+            which model it is, and how its images are prepared.
         num_classes: Classes of the head; ``None`` keeps what the model has. A pretrained model with another number gets
             a new, untrained head.
         pretrained: Load the library's pretrained weights.
-        weights: Weights from this file instead: safetensors, or a PyTorch file of tensors only.
+        weights: Weights from this file instead: safetensors, or a PyTorch file of tensors only. With ``num_classes`` a
+            head of another number of classes in it is left out.
         **kwargs: Passed to the library (``in_chans=1``, ``img_size=64``, ...).
 
     Returns:
@@ -49,6 +52,8 @@ def load_model(
         >>> model.num_classes
         10
     """
+    if is_file(name):
+        return _described_model(Path(name).expanduser(), num_classes, kwargs)
     library, model_name = split_name(name)
     builders: dict[str, Callable[..., nn.Module]] = {
         "timm": _timm_model,
@@ -57,9 +62,59 @@ def load_model(
     }
     fetch = pretrained and weights is None
     model = builders[library](model_name, num_classes, fetch, kwargs)
+    setattr(model, BUILT_FROM, {"name": f"{library}:{model_name}", "options": dict(kwargs)})
     if weights is not None:
         load_weights(model, weights, new_head=num_classes)
     return model.eval() if fetch or weights is not None else model
+
+
+def is_file(name: str) -> bool:
+    """Say whether a model's name is the path of a file of weights."""
+    return name.endswith(".safetensors")
+
+
+def _described_model(path: Path, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    """Build the model that a file of weights says it is, and load them."""
+    description = read_description(path)
+    if description is None:
+        raise ValueError(
+            f"{path} does not say which model it is (hetkd did not save it): load_model('timm:NAME', "
+            f"num_classes=..., weights={str(path)!r})."
+        )
+    if description.name is None:
+        raise ValueError(
+            f"{path} is of a module that only its own code can build: build it, and "
+            f"hetkd.models.load_weights(model, {str(path)!r})."
+        )
+    model = _built(description, num_classes, kwargs)
+    load_weights(model, path, new_head=num_classes)
+    resized = {} if kwargs.get("img_size") is None else {"size": kwargs["img_size"]}
+    settings = description.input_settings(str(path))
+    if num_classes not in (None, description.options.get("num_classes")):
+        settings["categories"] = None
+    model.input_settings = {**settings, **resized}  # type: ignore[assignment]
+    return model.eval()
+
+
+def _built(description: Description, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    assert description.name is not None
+    if description.name == "hf:":
+        return _hugging_face_class(description, num_classes, kwargs)
+    options = {**description.options, **kwargs, **({} if num_classes is None else {"num_classes": num_classes})}
+    return load_model(description.name, pretrained=False, **options)
+
+
+def _hugging_face_class(description: Description, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    labels = {} if num_classes is None else {"num_labels": num_classes}
+    values = {name: x for name, x in description.options["config"].items() if not (labels and "2" in name)}
+    config = transformers.AutoConfig.for_model(**{**values, **labels})
+    model_class = getattr(transformers, description.options["class"], None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ValueError(f"transformers {transformers.__version__} has no model {description.options['class']!r}.")
+    model: nn.Module = model_class(config, **kwargs)
+    return model
 
 
 def list_models(pattern: str = "*") -> list[str]:

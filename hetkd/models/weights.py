@@ -2,15 +2,15 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hetkd.models.description import KEY, Description, describe
 from hetkd.models.wrappers import architecture_name, unwrap
-from hetkd.utils.files import write_atomically
+from hetkd.utils.files import write_atomically, write_json
 
 
 def load_weights(model: nn.Module, path: str | Path, *, new_head: int | None = None) -> None:
@@ -94,20 +94,22 @@ def _differences(expected: dict[str, tuple[int, ...]], given: dict[str, tuple[in
     return "; ".join(parts) + "."
 
 
-def save_model(model: Any, path: str | Path, classes: Sequence[str] | None = None) -> None:
-    """Save a plain model with its library's own keys.
+def save_model(model: Any, path: str | Path, description: Description | None = None) -> None:
+    """Save a plain model with its library's own keys, and what it is in the file's metadata.
 
     Args:
         model: The model.
-        path: A file ending in ``.safetensors``; for a Hugging Face model also a directory, for ``save_pretrained``.
-        classes: Names of the classes, which go into the file's metadata or the Hugging Face configuration.
+        path: A file ending in ``.safetensors``; for a Hugging Face model also a directory, for ``save_pretrained`` and
+            its image processor.
+        description: What is said of the model; ``None``: what it says itself.
 
     Raises:
         ValueError: If the path fits neither.
     """
     path, model = Path(path), unwrap(model)
     path = path.expanduser()
-    labels = getattr(getattr(model, "config", None), "id2label", None)
+    description = description or describe(model)
+    classes, labels = description.classes, getattr(getattr(model, "config", None), "id2label", None)
     if classes and labels and len(labels) == len(classes):
         model.config.id2label = dict(enumerate(classes))
         model.config.label2id = {name: index for index, name in enumerate(classes)}
@@ -115,11 +117,20 @@ def save_model(model: Any, path: str | Path, classes: Sequence[str] | None = Non
         if path.suffix or not hasattr(model, "save_pretrained"):
             raise ValueError(f"path={str(path)!r} must end in '.safetensors'.")
         model.save_pretrained(path)
+        write_json(path / "preprocessor_config.json", description.image_processor())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "architecture": architecture_name(model)}
+    metadata = {"format": "pt", "architecture": architecture_name(model), KEY: description.to_json()}
     metadata |= {"classes": json.dumps(list(classes))} if classes else {}
     write_atomically(path, lambda temporary: save_tensors(model.state_dict(), temporary, metadata))
+
+
+def save_described(model: Any, path: str | Path, description: Description) -> None:
+    """Save a model as `save_model` does, and beside a file ``FILE.json``: timm's ``config.json`` for it."""
+    save_model(model, path, description)
+    path = Path(path).expanduser()
+    if path.suffix == ".safetensors":
+        write_json(path.with_suffix(".json"), description.timm_configuration())
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

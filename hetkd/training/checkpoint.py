@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hetkd.models.weights import save_model
+from hetkd.models.description import Description
+from hetkd.models.weights import save_described, save_model
 from hetkd.utils.files import checksum, sync_folder, with_prefix, write_json, write_text
 
 BEST = "best.safetensors"
@@ -115,9 +116,9 @@ class RunFolder:
             save_model(student, Path(folder) / LAST)
             save_file(with_prefix("", state), Path(folder) / _TENSORS)
 
-    def save_student(self, student: nn.Module, name: str, classes: list[str] | None) -> None:
-        """Save a plain student under ``BEST`` or ``LAST``, with the names of its classes."""
-        save_model(student, self.path / name, classes)
+    def save_student(self, student: nn.Module, name: str, description: Description) -> None:
+        """Save a plain student under ``BEST`` or ``LAST``, with what is to be said of it."""
+        save_described(student, self.path / name, description)
 
     def save_history(self, history: list[dict[str, float]]) -> None:
         """Write the history so far."""

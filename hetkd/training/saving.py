@@ -122,7 +122,7 @@ class Saver:
             student = run.whole.student
         if run.accelerator.is_main_process:
             for name in (BEST, LAST)[not is_best :]:
-                run.folder.save_student(student, name, run.whole.class_names)
+                run.folder.save_student(student, name, run.whole.describe_student())
             run.folder.save_history(run.state.history)
         if run.keeps_checkpoints:
             self.save_checkpoint()
