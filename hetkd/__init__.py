@@ -7,6 +7,7 @@ distiller.fit("imagenet/train", "imagenet/val", epochs=100, output_dir="runs/r18
 distiller.save_student("resnet18.safetensors")
 """
 
+from hetkd.deploy import ExportReport, export
 from hetkd.distillation import DistillerOutput
 from hetkd.distiller import Distiller
 from hetkd.features import Adapter, Features, HookAdapter, Stage, StagePair, list_adapters, register_adapter
@@ -51,6 +52,7 @@ __all__ = [
     "Distiller",
     "DistillerOutput",
     "FeatureMethod",
+    "ExportReport",
     "Features",
     "FitNet",
     "HookAdapter",
@@ -67,6 +69,7 @@ __all__ = [
     "StagewiseMethod",
     "Student",
     "UHKD",
+    "export",
     "list_adapters",
     "list_methods",
     "list_models",

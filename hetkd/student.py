@@ -44,16 +44,19 @@ class Student:
 
     Attributes:
         model: The module.
+        distillation: What prepares images for it, and reads its logits.
         classes: Names of its classes in the order of the logits.
         size: Height and width in pixels that pictures are brought to.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._distillation = Distillation(None, model.eval(), "ce")
-        tap = self._distillation.student_tap
+        self.distillation = Distillation(None, model.eval(), "ce")
+        tap = self.distillation.student_tap
         self.model, self.size, self._spec = model, tap.size, tap.spec
         labels = model_labels(model, tap.classes)
         count = tap.classes or 0
+        if labels is not None:
+            self.distillation.class_names = [names[0] for names in labels.names]
         self.classes = [str(n) for n in range(count)] if labels is None else [names[0] for names in labels.names]
 
     @torch.no_grad()
@@ -83,7 +86,7 @@ class Student:
         found: list[Prediction] = []
         for start in range(0, len(pictures), _BATCH):
             batch = torch.stack([self._prepared(picture) for picture in pictures[start : start + _BATCH]])
-            probabilities = self._distillation.predict(batch).float().softmax(1).cpu()
+            probabilities = self.distillation.predict(batch).float().softmax(1).cpu()
             part = zip(names[start : start + _BATCH], probabilities, strict=True)
             found += [self._named(name, row, top) for name, row in part]
         return found[0] if single else found

@@ -17,6 +17,7 @@ LAYERS = [
     ("hetkd.distillation",),
     ("hetkd.training",),
     ("hetkd.distiller", "hetkd.student"),
+    ("hetkd.deploy",),
     ("hetkd",),
     ("recipes",),
 ]

@@ -1,0 +1,332 @@
+"""Students for other runtimes: ONNX (float or int8) and torch.export, checked against PyTorch before a file is left."""
+
+import copy
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hetkd.data.images import make_loader
+from hetkd.data.samples import images_and_labels
+from hetkd.distillation import Distillation
+from hetkd.models.description import KEY, Description
+from hetkd.models.inputs import InputTransform
+from hetkd.models.wrappers import unwrap
+from hetkd.student import Student, load_student
+from hetkd.utils.checks import whole_number
+
+SUFFIXES = (".onnx", ".pt2")
+_INPUT, _OUTPUT, _BATCH = "images", "probabilities", 32
+_TOLERANCE = 1e-3
+_ROUNDS = 10
+Runner = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was measured of an exported student beside the one in PyTorch, on this machine.
+
+    Attributes:
+        path: The file.
+        megabytes: Its size.
+        largest_difference: Between probabilities of both.
+        same_top1: Share of the images in percent on which both name the same class.
+        top1: In percent, of PyTorch and of the file, where the images have labels; otherwise ``None``.
+        milliseconds: An image, of PyTorch and of the file, one at a time.
+        images: How many were compared.
+    """
+
+    path: Path
+    megabytes: float
+    largest_difference: float
+    same_top1: float
+    top1: tuple[float, float] | None
+    milliseconds: tuple[float, float]
+    images: int
+
+    def __str__(self) -> str:
+        """Say it in three lines."""
+        top1 = "" if self.top1 is None else f", top-1 {self.top1[1]:.2f} % ({self.top1[0]:.2f} % in PyTorch)"
+        return (
+            f"{self.path}: {self.megabytes:.2f} MB\n"
+            f"{self.images} images: same class on {self.same_top1:.1f} %, probabilities differ by at most "
+            f"{self.largest_difference:.2g}{top1}\n"
+            f"{self.milliseconds[1]:.2f} ms an image ({self.milliseconds[0]:.2f} ms in PyTorch)"
+        )
+
+
+def export(
+    student: Student | Distillation | str | Path,
+    path: str | Path,
+    *,
+    images: Any = None,
+    int8: bool = False,
+    preprocess: bool = True,
+    most_images: int = 512,
+) -> ExportReport:
+    """Export a student, check the file against PyTorch, and only then leave it.
+
+    The graph takes any number of images at the student's input size and answers with probabilities.
+    Class names and preprocessing are in the metadata of an ONNX file, and in ``hetkd.json`` within a ``.pt2``.
+
+    Args:
+        student: That `hetkd.load_student` returns, the path of one, or a distiller.
+        path: ``FILE.onnx`` (needs ``pip install "hetkd[export]"``) or ``FILE.pt2``.
+        images: Pictures on which both answer: a folder, a dataset, tensors; with labels both accuracies are reported.
+            ``None``: noise, which proves that the graph is right, and nothing of accuracy.
+        int8: Quantise weights and activations by onnxruntime, calibrated on the first of ``images``; ONNX only.
+        preprocess: Have the graph take uint8 ``[B, C, H, W]``; otherwise float, normalised already.
+        most_images: How many of ``images`` are used.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        ValueError: If the suffix is another, int8 lacks images or is asked of a ``.pt2``, or images are none.
+        ImportError: If a package of the extra ``export`` is missing.
+        RuntimeError: If the student cannot be exported, or the file's answers differ from PyTorch's.
+
+    Example:
+        >>> print(export("student.safetensors", "student.onnx", images="photos/val"))  # doctest: +SKIP
+    """
+    path = _checked_path(Path(path).expanduser(), images, int8)
+    whole_number("most_images", most_images)
+    distillation = _distillation_of(student)
+    description = distillation.describe_student()
+    batches = list(_batches(distillation, images, most_images))
+    deployed = copy.deepcopy(Deployed(distillation, preprocess=preprocess)).cpu().eval()
+    inputs = [deployed.inputs(x) for x, _ in batches]
+    with TemporaryDirectory(prefix=".export-", dir=_made(path.parent)) as folder:
+        draft = Path(folder) / path.name
+        example = inputs[0][:2] if len(inputs[0]) > 1 else inputs[0].repeat(2, 1, 1, 1)
+        with _in_words(distillation):
+            (_write_onnx if path.suffix == ".onnx" else _write_pt2)(deployed, example, draft, description)
+        if int8:
+            _quantize(draft, inputs)
+        run = _onnx_runner(draft) if path.suffix == ".onnx" else _pt2_runner(draft)
+        report = _compare(path, draft, deployed, run, list(zip(inputs, (y for _, y in batches), strict=True)))
+        if not int8 and report.largest_difference > _TOLERANCE:
+            raise RuntimeError(
+                f"{path.name} answers differently from PyTorch (probabilities differ by {report.largest_difference:.2g}"
+                "): it was not written."
+            )
+        os.replace(draft, path)
+    return report
+
+
+class Deployed(nn.Module):
+    """A student as a graph: images to probabilities.
+
+    Args:
+        distillation: Whose student it is.
+        preprocess: Take uint8 images of the student's size, and normalise them.
+    """
+
+    def __init__(self, distillation: Distillation, *, preprocess: bool) -> None:
+        super().__init__()
+        own = distillation.student_inputs
+        self.model = unwrap(distillation.student)
+        self.transform = InputTransform(own.spec, own.size)
+        self.preprocess = preprocess
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Return what the graph takes for uint8 images."""
+        return images if self.preprocess else self.transform(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images to probabilities ``[B, classes]``."""
+        output = self.model(self.transform(images) if self.preprocess else images)
+        logits: Tensor = (
+            output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.logits
+        )
+        return logits.float().softmax(1)
+
+
+def _checked_path(path: Path, images: Any, int8: bool) -> Path:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path={str(path)!r} must end in {' or '.join(SUFFIXES)}: 'student.onnx'.")
+    if int8 and path.suffix != ".onnx":
+        raise ValueError("int8=True is for ONNX: export(student, 'student.onnx', int8=True, images=...).")
+    if int8 and images is None:
+        raise ValueError("int8=True needs pictures to calibrate on: images='photos/train'.")
+    if path.suffix == ".onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"ONNX needs {error.name}: pip install 'hetkd[export]'.") from error
+    return path
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _distillation_of(student: Student | Distillation | str | Path) -> Distillation:
+    if isinstance(student, (str, Path)):
+        student = load_student(student)
+    if isinstance(student, Student):
+        return student.distillation
+    if not isinstance(student, Distillation):
+        raise TypeError(f"student must be a Student, its path or a Distiller, got {type(student).__name__}.")
+    return student
+
+
+def _batches(distillation: Distillation, data: Any, most: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield uint8 images of the student's size, with labels where there are some."""
+    spec, size = distillation.student_inputs.spec, distillation.student_inputs.size
+    if data is None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (8, spec.channels, *size)
+        yield torch.randint(256, shape, generator=generator, dtype=torch.uint8), None
+        return
+    loader = make_loader(data, what="images", spec=spec, size=size, batch_size=_BATCH, train=False, num_workers=0)
+    count = 0
+    for batch in islice(loader, -(-most // _BATCH)):
+        images, labels = images_and_labels(batch)
+        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        if x.shape[-2:] != size:
+            x = nn.functional.interpolate(x, size, mode=spec.interpolation, antialias=True)
+        count += len(x)
+        yield (255 * x.clamp(0, 1)).round().byte(), labels
+    if count == 0:
+        raise ValueError("images is empty: its loader yields no batch.")
+
+
+@contextmanager
+def _in_words(distillation: Distillation) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RuntimeError(
+            f"{distillation.student_tap.title} could not be exported ({type(error).__name__}: {reason[0]}). It may as "
+            "the other of .onnx and .pt2."
+        ) from error
+
+
+def _shapes() -> dict[str, Any]:
+    return {_INPUT: {0: torch.export.Dim("batch", min=1, max=65_536)}}
+
+
+def _write_onnx(deployed: Deployed, example: Tensor, path: Path, description: Description) -> None:
+    import onnx
+
+    torch.onnx.export(
+        deployed,
+        (example,),
+        path,
+        input_names=[_INPUT],
+        output_names=[_OUTPUT],
+        dynamic_shapes=_shapes(),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    model = onnx.load(path)
+    for key, value in _metadata(description, deployed).items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, path)
+
+
+def _write_pt2(deployed: Deployed, example: Tensor, path: Path, description: Description) -> None:
+    program = torch.export.export(deployed, (example,), dynamic_shapes=_shapes())
+    torch.export.save(program, path, extra_files={"hetkd.json": json.dumps(_metadata(description, deployed))})
+
+
+def _metadata(description: Description, deployed: Deployed) -> dict[str, str]:
+    takes = "uint8 [batch, channels, height, width]" if deployed.preprocess else "float, normalised"
+    known = {"classes": json.dumps(description.classes)} if description.classes else {}
+    return {KEY: description.to_json(), "takes": takes, **known}
+
+
+def _quantize(path: Path, inputs: list[Tensor]) -> None:
+    """Replace a float ONNX file by one with int8 weights and activations."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rest = iter(inputs)
+
+        def get_next(self) -> dict[str, Any] | None:
+            x = next(self.rest, None)
+            return None if x is None else {_INPUT: x.numpy()}
+
+    prepared, quantized = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
+    quant_pre_process(path, prepared)
+    quantize_static(
+        prepared,
+        quantized,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    os.replace(quantized, path)
+
+
+def _onnx_runner(path: Path) -> Runner:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {_INPUT: images.numpy()})[0])
+
+    return run
+
+
+def _pt2_runner(path: Path) -> Runner:
+    module = torch.export.load(path).module()
+    return lambda images: module(images)
+
+
+@torch.no_grad()
+def _compare(
+    path: Path, draft: Path, deployed: Deployed, run: Runner, batches: list[tuple[Tensor, Tensor | None]]
+) -> ExportReport:
+    """Measure a file against PyTorch, on the CPU."""
+    difference, same, right, count = 0.0, 0, [0, 0], 0
+    for images, labels in batches:
+        ours, theirs = deployed(images), run(images)
+        difference = max(difference, float((ours - theirs).abs().max()))
+        classes = ours.argmax(1), theirs.argmax(1)
+        same, count = same + int((classes[0] == classes[1]).sum()), count + len(images)
+        if labels is not None:
+            right = [found + int((of == labels).sum()) for found, of in zip(right, classes, strict=True)]
+    labelled = batches[0][1] is not None
+    one = batches[0][0][:1]
+    return ExportReport(
+        path,
+        draft.stat().st_size / 1e6,
+        difference,
+        100 * same / count,
+        (100 * right[0] / count, 100 * right[1] / count) if labelled else None,
+        (_milliseconds(deployed, one), _milliseconds(run, one)),
+        count,
+    )
+
+
+def _milliseconds(run: Runner, image: Tensor) -> float:
+    times = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        run(image)
+        times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times)[_ROUNDS // 2]
