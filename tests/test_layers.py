@@ -18,7 +18,7 @@ LAYERS = [
     ("hetkd.training",),
     ("hetkd.distiller", "hetkd.student"),
     ("hetkd.deploy",),
-    ("hetkd",),
+    ("hetkd", "hetkd.__main__"),
     ("recipes",),
 ]
 """From low to high; a module imports from its own layer's package, and from lower layers."""

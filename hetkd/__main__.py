@@ -1,0 +1,161 @@
+"""The Python API from a shell: every flag is an option of the function of that name.
+
+python -m hetkd distil hf:google/vit-base-patch16-224 timm:resnet18 photos/train photos/val --epochs 30
+python -m hetkd evaluate runs/r18/best.safetensors photos/val
+python -m hetkd predict runs/r18/best.safetensors photo.jpg
+python -m hetkd export runs/r18/best.safetensors r18.onnx --images photos/val --int8
+python -m hetkd models "timm:*mobile*"
+"""
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from hetkd.deploy import export
+from hetkd.distiller import Distiller
+from hetkd.methods import list_methods
+from hetkd.methods.common.method import methods
+from hetkd.models.load import list_models
+from hetkd.student import load_student
+from hetkd.training.options import TrainingOptions
+
+_SHOWN = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+"""Errors whose message is for a person; the others are faults, and come with their traceback."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command, and return its exit status; ``words`` stand for the command line."""
+    arguments = vars(_parser(list(sys.argv[1:] if words is None else words)).parse_args(words))
+    run: Callable[..., None] = arguments.pop("run")
+    try:
+        run(**arguments)
+    except _SHOWN as error:
+        print(f"hetkd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def distil(teacher: str, student: str, train: str, val: str | None, method: str, **options: Any) -> None:
+    """Train a student by a teacher; files go to ``runs/STUDENT`` unless told otherwise, for nothing is lost then."""
+    options.setdefault("output_dir", "runs/" + re.sub(r"[^-.\w]", "_", student))
+    of_fit = {*_signature(Distiller.fit), *_signature(TrainingOptions)}
+    for_fit = {name: options.pop(name) for name in list(options) if name in of_fit}
+    distiller = Distiller(teacher, student, method, **options)
+    print(f"{distiller.plan}\n")
+    result = distiller.fit(train, val, **for_fit)
+    if result.output_dir is not None:
+        print(f"{result.output_dir}/best.safetensors: python -m hetkd predict, export or evaluate it")
+
+
+def evaluate(student: str, data: str, **options: Any) -> None:
+    """Measure a saved student."""
+    found = Distiller(None, load_student(student).model, "ce").evaluate(data, **options)
+    print(f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f}")
+
+
+def predict(student: str, images: list[str], top: int) -> None:
+    """Name what is on pictures."""
+    loaded = load_student(student)
+    for image in images:
+        found = loaded.predict(image, top=top)
+        for one in found if isinstance(found, list) else [found]:
+            print(one.image, *(f"{label} {100 * probability:.1f} %" for label, probability in one.top), sep="  ")
+
+
+def _export(student: str, path: str, **options: Any) -> None:
+    print(export(student, path, **options))
+
+
+def _models(pattern: str) -> None:
+    print("\n".join(list_models(pattern)))
+
+
+def _parser(words: list[str]) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("hetkd", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., None], words: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=words, description=words)
+        made.set_defaults(run=run)
+        return made
+
+    one = command("distil", distil, "train a student by a teacher")
+    for name in ("teacher", "student", "train"):
+        one.add_argument(name)
+    one.add_argument("val", nargs="?")
+    one.add_argument("--method", default="sfkd", choices=list_methods())
+    method = next((b for a, b in pairwise(words) if a == "--method" and b in methods.names()), "sfkd")
+    _add_options(one, Distiller.fit, ("train", "val", "options"))
+    _add_options(one, TrainingOptions)
+    _add_options(one, Distiller, ("teacher", "student", "method", "method_options"))
+    _add_options(one, methods[method])
+
+    one = command("evaluate", evaluate, "measure a saved student")
+    one.add_argument("student", help="FILE.safetensors, or a directory of a Hugging Face model")
+    one.add_argument("data", help="a folder with one folder of images a class")
+    _add_options(one, Distiller.evaluate, ("data",))
+
+    one = command("predict", predict, "name what is on pictures")
+    one.add_argument("student", help="FILE.safetensors, or a directory of a Hugging Face model")
+    one.add_argument("images", nargs="+", metavar="IMAGE", help="pictures or folders")
+    one.add_argument("--top", type=int, default=5, help="classes to name")
+
+    one = command("export", _export, "write a saved student for other runtimes")
+    one.add_argument("student", help="FILE.safetensors, or a directory of a Hugging Face model")
+    one.add_argument("path", help="FILE.onnx or FILE.pt2")
+    _add_options(one, export, ("student", "path"))
+
+    one = command("models", _models, "list the names of models")
+    one.add_argument("pattern", nargs="?", default="*", help="with * and ?, as in 'timm:*mobile*'")
+    return parser
+
+
+def _signature(function: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def _add_options(parser: argparse.ArgumentParser, function: Any, without: Sequence[str] = ()) -> None:
+    """Add a flag for each parameter of a function or class, with the words of its docstring."""
+    described = _described(function)
+    group = parser.add_argument_group(getattr(function, "__qualname__", "options").replace("_", " "))
+    for name, parameter in _signature(function).items():
+        if name in ("self", *without):
+            continue
+        flag, words = f"--{name.replace('_', '-')}", described.get(name, "").replace("%", "%%")
+        if isinstance(parameter.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=words)
+            continue
+        needed = parameter.default is parameter.empty
+        group.add_argument(flag, type=_value, required=needed, default=argparse.SUPPRESS, metavar="VALUE", help=words)
+
+
+def _value(text: str) -> Any:
+    """Read a number, a list, ``None`` or the like as Python does, and anything else as text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _described(function: Any) -> dict[str, str]:
+    """Return what the docstring of a function, or of a class and its bases, says of arguments and attributes."""
+    bases = function.__mro__ if isinstance(function, type) else (function,)
+    found: dict[str, str] = {}
+    for base in reversed(bases):
+        text = inspect.getdoc(base) or ""
+        for section in re.findall(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE):
+            entries = re.findall(r"^    (\w+): ((?:.*\n?)(?:^        .*\n?)*)", section, flags=re.MULTILINE)
+            found |= {name: " ".join(words.split()).replace("``", "") for name, words in entries}
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
