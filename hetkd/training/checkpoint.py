@@ -45,8 +45,8 @@ class Checkpoint:
 class RunFolder:
     """The output folder of one run.
 
-    It holds ``best.safetensors`` and ``last.safetensors`` (plain students), ``history.json``, ``settings.json``,
-    ``plan.txt``, and in ``checkpoints/`` one folder a checkpoint: tensors as safetensors, the rest as JSON, and a
+    It holds ``best.safetensors`` and ``last.safetensors`` (plain students, what they are beside them as JSON),
+    ``history.json`` and ``history.csv``, ``settings.json``, ``plan.txt``, and in ``checkpoints/`` one folder a checkpoint: tensors as safetensors, the rest as JSON, and a
     manifest with a checksum of each file.
 
     Args:
@@ -121,8 +121,11 @@ class RunFolder:
         save_described(student, self.path / name, description)
 
     def save_history(self, history: list[dict[str, float]]) -> None:
-        """Write the history so far."""
+        """Write the history so far, as JSON and as a table."""
         write_json(self.path / HISTORY, history)
+        columns = list(dict.fromkeys(name for record in history for name in record))
+        rows = [",".join(str(record.get(name, "")) for name in columns) for record in history]
+        write_text(self.path / "history.csv", "\n".join([",".join(columns), *rows]) + "\n")
 
     def load_settings(self) -> dict[str, Any] | None:
         """Return the settings of the run in this folder, or ``None`` if there is none yet."""

@@ -1,5 +1,9 @@
-"""Progress in the terminal: a bar with loss terms, images/s and time left, and a line an epoch."""
+"""Progress in the terminal: a bar with loss terms, images/s and time left, and a line an epoch.
 
+Where there is no terminal (a log file, a job of a cluster), a line a minute stands for the bar.
+"""
+
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
@@ -7,9 +11,11 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+_SECONDS_A_LINE = 60.0
+
 
 class TrainingProgress:
-    """A progress bar over all steps of a run.
+    """A progress bar over all steps of a run, or lines where there is no terminal.
 
     Args:
         epochs: Epochs of the run.
@@ -20,7 +26,8 @@ class TrainingProgress:
     """
 
     def __init__(self, epochs: int, steps: int | None, first_epoch: int, first_step: int = 0, *, enabled: bool) -> None:
-        self._epochs = epochs
+        self._epochs, self._steps = epochs, steps
+        self._began = self._said = time.monotonic()
         self._console = Console(quiet=not enabled, highlight=False, markup=False, emoji=False)
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs), markup=False),
@@ -34,7 +41,7 @@ class TrainingProgress:
             disable=not enabled or not self._console.is_terminal,
         )
         total = None if steps is None else steps * epochs
-        done = first_step if steps is None else steps * first_epoch + first_step
+        done = self._done_before = first_step if steps is None else steps * first_epoch + first_step
         self._task: TaskID = self._bar.add_task(
             "", total=total, completed=done, epoch=first_epoch + 1, terms="", speed=0.0
         )
@@ -55,6 +62,19 @@ class TrainingProgress:
     def show(self, epoch: int, terms: Mapping[str, float], speed: float) -> None:
         """Show the newest loss terms and speed."""
         self._bar.update(self._task, epoch=epoch + 1, terms=_listed(terms), speed=speed)
+        if not self._console.is_terminal and time.monotonic() - self._said >= _SECONDS_A_LINE:
+            self._said = time.monotonic()
+            self.note(self._line(epoch, terms, speed))
+
+    def _line(self, epoch: int, terms: Mapping[str, float], speed: float) -> str:
+        task = self._bar.tasks[self._task]
+        of_epoch = f"{task.completed:.0f}"
+        left = ""
+        if self._steps is not None and task.total is not None:
+            of_epoch = f"{task.completed - epoch * self._steps:.0f}/{self._steps}"
+            rate = (task.completed - self._done_before) / (self._said - self._began)
+            left = f"  {_duration((task.total - task.completed) / rate)} left" if rate > 0 else ""
+        return f"epoch {epoch + 1:>3}/{self._epochs}  step {of_epoch}  {_listed(terms)}  {speed:.0f} images/s{left}"
 
     def epoch_done(self, record: Mapping[str, float]) -> None:
         """Print the line of an epoch."""
@@ -80,6 +100,20 @@ class TrainingProgress:
             self._console.print(error.object.encode("ascii", "backslashreplace").decode(), soft_wrap=True)
         except (OSError, ValueError):
             self._console.quiet = True
+
+
+def _duration(seconds: float) -> str:
+    """Say a time in the two largest units.
+
+    >>> _duration(45), _duration(125), _duration(7260)
+    ('45 s', '2 min 5 s', '2 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _listed(terms: Mapping[str, float]) -> str:

@@ -87,11 +87,37 @@ class Registry(Generic[T]):
         return sorted(self._items)
 
 
+_OTHER_WORDS = {
+    "lr": ("learning_rate", "learningrate", "base_lr", "max_lr"),
+    "mixed_precision": ("amp", "fp16", "bf16", "precision", "half", "autocast"),
+    "cpu": ("device", "no_cuda", "use_cpu", "gpu", "cuda"),
+    "output_dir": ("save_dir", "out_dir", "output", "save_path", "checkpoint_dir", "logdir"),
+    "epochs": ("num_epochs", "n_epochs", "max_epochs", "num_train_epochs"),
+    "num_workers": ("workers", "n_workers", "dataloader_num_workers"),
+    "batch_size": ("bs", "per_device_train_batch_size", "train_batch_size"),
+    "gradient_accumulation": ("gradient_accumulation_steps", "accumulate_grad_batches", "grad_accum"),
+    "clip_grad": ("max_grad_norm", "gradient_clip_val", "grad_clip"),
+    "weight_decay": ("wd",),
+    "trackers": ("report_to", "logger", "loggers", "wandb", "tensorboard"),
+    "warmup_epochs": ("warmup", "warmup_ratio", "warmup_steps"),
+    "augment": ("augmentation", "aug", "transform", "transforms"),
+    "temperature": ("tau", "t"),
+    "kd_weight": ("alpha", "lambda_kd", "distill_weight"),
+    "feature_weight": ("beta", "lambda_feat", "loss_weight"),
+    "stages": ("layers", "hint_layers", "feature_layers"),
+}
+"""What other libraries call our options."""
+
+
 def check_option_names(what: str, options: Iterable[str], valid: Sequence[str]) -> None:
     """Raise ValueError, with the nearest valid names, for the first option that does not exist."""
     for option in options:
-        if option not in valid:
-            raise unknown_name(what, option, valid)
+        if option in valid:
+            continue
+        ours = [name for name in valid if option.lower() in _OTHER_WORDS.get(name, ())]
+        if ours:
+            raise ValueError(f"unknown {what} {option!r}: it is called {_listed(ours, 'or')} here.")
+        raise unknown_name(what, option, valid)
 
 
 def not_negative(name: str, value: float) -> float:
