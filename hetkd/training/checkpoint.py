@@ -46,8 +46,8 @@ class RunFolder:
     """The output folder of one run.
 
     It holds ``best.safetensors`` and ``last.safetensors`` (plain students, what they are beside them as JSON),
-    ``history.json`` and ``history.csv``, ``settings.json``, ``plan.txt``, and in ``checkpoints/`` one folder a checkpoint: tensors as safetensors, the rest as JSON, and a
-    manifest with a checksum of each file.
+    ``history.json`` and ``history.csv``, ``settings.json``, ``plan.txt``, and in ``checkpoints/`` one folder a
+    checkpoint: tensors as safetensors, the rest as JSON, and a manifest with a checksum of each file.
 
     Args:
         path: The folder.
