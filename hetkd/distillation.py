@@ -186,7 +186,8 @@ class Distillation(nn.Module):
         """Return what a file of the student says of it: how it is built, its images, its classes, how it was made."""
         made = {"plan": self.plan.title, "method": self.method.settings(), "hetkd": version("hetkd"), **self.trained}
         size, spec = self.student_tap.size, self.student_inputs.spec
-        return describe(self.student, size=size, spec=spec, classes=self.class_names, made=made)
+        known: dict[str, Any] = {"num_classes": self.classes, "classes": self.class_names}
+        return describe(self.student, size=size, spec=spec, made=made, **known)
 
     @property
     def classes(self) -> int | None:

@@ -40,7 +40,7 @@ def built(name):
         "timm": lambda: load_model("timm:test_resnet", pretrained=False, num_classes=4),
         "timm, another size": lambda: load_model("timm:test_vit", pretrained=False, num_classes=4, img_size=96),
         "timm itself": lambda: timm.create_model("test_vit", num_classes=4, img_size=64),
-        "torchvision": lambda: load_model("torchvision:squeezenet1_1", pretrained=False, num_classes=4),
+        "torchvision": lambda: load_model("torchvision:mobilenet_v3_small", pretrained=False, num_classes=4),
         "grey": lambda: load_model("timm:test_resnet", pretrained=False, num_classes=4, in_chans=1),
     }[name]().eval()
 

@@ -103,6 +103,7 @@ def describe(
     *,
     size: tuple[int, int] | None = None,
     spec: InputSpec | None = None,
+    num_classes: int | None = None,
     classes: Sequence[str] | None = None,
     made: dict[str, Any] | None = None,
 ) -> Description:
@@ -112,11 +113,14 @@ def describe(
         model: A plain module.
         size: Height and width in pixels that it was trained on; ``None``: its own.
         spec: What its images go through; ``None``: its own.
+        num_classes: Of its head; ``None``: what it was built with.
         classes: Names of its classes; ``None``: those that it knows.
         made: See `Description`.
     """
     spec = spec or input_spec(model)
     name, options = _built_from(model, spec)
+    if num_classes is not None and name not in (None, "hf:"):
+        options["num_classes"] = num_classes
     if classes is None:
         labels = model_labels(model, options.get("num_classes"))
         classes = [names[0] for names in labels.names] if labels is not None and labels.certain else None

@@ -62,7 +62,8 @@ def load_model(
     }
     fetch = pretrained and weights is None
     model = builders[library](model_name, num_classes, fetch, kwargs)
-    setattr(model, BUILT_FROM, {"name": f"{library}:{model_name}", "options": dict(kwargs)})
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    setattr(model, BUILT_FROM, {"name": f"{library}:{model_name}", "options": {**kwargs, **classes}})
     if weights is not None:
         load_weights(model, weights, new_head=num_classes)
     return model.eval() if fetch or weights is not None else model
