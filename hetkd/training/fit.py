@@ -89,6 +89,7 @@ def train_epochs(run: Run, saver: Saver) -> None:
         while state.epoch < run.epochs:
             try:
                 record = train_epoch(run, saver, progress)
+                end_epoch(run, saver, progress, trackers, record)
             except TrainingDiverged as error:
                 if run.folder is None or state.returned >= run.options.returns:
                     raise
@@ -96,8 +97,19 @@ def train_epochs(run: Run, saver: Saver) -> None:
                 returns = f"{state.returned} of {run.options.returns}"
                 progress.note(f"{error} Going back to the last checkpoint ({returns}).")
                 saver.restore(go_back=True)
-            else:
-                end_epoch(run, saver, progress, trackers, record)
+            except (KeyboardInterrupt, SystemExit):
+                progress.note(_how_to_go_on(saver))
+                raise
+
+
+def _how_to_go_on(saver: Saver) -> str:
+    folder = saver.run.folder
+    if folder is None:
+        return "stopped; nothing is on disk, for there is no output_dir"
+    again = f"fit(..., output_dir={str(folder.path)!r}, resume=True)"
+    if not saver.saved_step:
+        return f"stopped before the first checkpoint; {again} begins anew"
+    return f"saved at step {saver.saved_step}; go on with {again}"
 
 
 def train_epoch(run: Run, saver: Saver, progress: TrainingProgress) -> dict[str, float]:

@@ -48,6 +48,7 @@ class Saver:
 
     Attributes:
         signals: Ask for a checkpoint at once.
+        saved_step: The step of the last checkpoint of this run, 0 before the first.
     """
 
     def __init__(self, run: Run) -> None:
@@ -56,7 +57,7 @@ class Saver:
         self._saved()
 
     def _saved(self) -> None:
-        self._saved_at, self._saved_step, self._overdue = time.monotonic(), self.run.state.steps, False
+        self._saved_at, self.saved_step, self._overdue = time.monotonic(), self.run.state.steps, False
 
     def start(self) -> None:
         """Write settings and plan, after a trial."""
@@ -104,7 +105,7 @@ class Saver:
         if not run.keeps_checkpoints:
             return False
         every, minutes = options.checkpoint_steps, options.checkpoint_minutes
-        by_steps = every is not None and run.state.steps - self._saved_step >= every
+        by_steps = every is not None and run.state.steps - self.saved_step >= every
         if by_steps or run.accelerator.num_processes == 1 or run.state.part.step % options.log_every == 0:
             self.signals.agree(run.device)
             overdue = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
@@ -197,7 +198,7 @@ class Saver:
         run.optimizer.optimizer.zero_grad()  # of steps that went wrong
         run.accelerator.step = 0
         _restore_state(run, saved)
-        self._saved_step = run.state.steps
+        self.saved_step = run.state.steps
 
 
 def run_settings(run: Run) -> dict[str, Any]:

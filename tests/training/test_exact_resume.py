@@ -112,7 +112,7 @@ class TestExactResume:
     @pytest.mark.parametrize(
         ("name", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit), ("SIGUSR1", None)]
     )
-    def test_signals_write_a_checkpoint_first(self, tmp_path, name, error):
+    def test_signals_write_a_checkpoint_first(self, tmp_path, name, error, capsys):
         distiller, data = self.make("kd"), bright_or_dark(48)
         original, calls = distiller.method.forward, 0
 
@@ -124,13 +124,15 @@ class TestExactResume:
             return original(*args)
 
         distiller.method.forward = forward
-        options = {**QUIET, "epochs": 1, "batch_size": 8, "output_dir": tmp_path}
+        options = {**QUIET, "progress": True, "epochs": 1, "batch_size": 8, "output_dir": tmp_path}
         before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(error) if error else nullcontext():
             distiller.fit(data, **options)
         numbers = [path.name for path in (tmp_path / "checkpoints").iterdir()]
         assert "step-000000003" in numbers
         assert calls == (3 if error else 6)
+        told = f"saved at step 3; go on with fit(..., output_dir={str(tmp_path)!r}, resume=True)"
+        assert (told in capsys.readouterr().out.replace("\n", "")) == (error is not None)
         assert signal.getsignal(signal.SIGTERM) is before
 
     def test_going_back_forgets_gradients_that_were_accumulated(self, tmp_path):
