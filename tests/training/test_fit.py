@@ -31,6 +31,9 @@ def test_learns_and_reports(tmp_path, capsys):
     assert "val top-1" in out
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "best.safetensors",
+        "best.json",
+        "last.json",
+        "history.csv",
         "last.safetensors",
         "history.json",
         "settings.json",
