@@ -156,6 +156,8 @@ def test_what_cannot_be_loaded_says_what_can(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match=r"does not say which model it is .*weights="):
         load_model(str(tmp_path / "plain.safetensors"))
+    with pytest.raises(ValueError, match="is a file of weights already"):
+        load_model(str(tmp_path / "plain.safetensors"), weights="other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         load_model(str(tmp_path / "broken.safetensors"))

@@ -53,6 +53,8 @@ def load_model(
         10
     """
     if is_file(name):
+        if weights is not None:
+            raise ValueError(f"name={name!r} is a file of weights already: leave weights={str(weights)!r} out.")
         return _described_model(Path(name).expanduser(), num_classes, kwargs)
     library, model_name = split_name(name)
     builders: dict[str, Callable[..., nn.Module]] = {

@@ -43,11 +43,13 @@ def make_step(name: str, device: torch.device) -> tuple[Callable[[], None], Dist
     """Return a training step on features that are there, and what it works with."""
     torch.manual_seed(0)
     teacher, student = (build_small(model, PIXELS, CLASSES, 3)[0] for model in (TEACHER, STUDENT))
-    method: str | Method = SFKD(ds2s="full") if name == REFINED else name
-    if name in (FLOOR, "ce"):
-        teacher, method = None, "ce"  # type: ignore[assignment]
     student = student.to(memory_format=torch.channels_last)
-    distiller = Distiller(teacher, student, method, input_size=PIXELS).to(device).train()
+    method: str | Method = SFKD(ds2s="full") if name == REFINED else name
+    if name == "ce":
+        distiller = Distiller(None, student, "ce", input_size=PIXELS)
+    else:
+        distiller = Distiller(teacher, student, method, input_size={"teacher": PIXELS, "student": PIXELS})
+    distiller.to(device).train()
     optimizer = make_optimizer(distiller)
     images = torch.randint(256, (BATCH, 3, PIXELS, PIXELS), dtype=torch.uint8, device=device)
     labels = torch.randint(CLASSES, (BATCH,), device=device)

@@ -119,3 +119,15 @@ def test_peak_memory_counts_what_is_alive():
 
     assert peak_memory(chain, torch.device("cpu"), x) == 3 * 4_000_000
     assert peak_memory(lambda: linear(x).sum(), torch.device("cpu"), x, linear) == pytest.approx(12_000_000, rel=1e-3)
+
+
+def test_bench_of_small_students(monkeypatch):
+    import small_student
+
+    monkeypatch.setattr(small_student, "METHODS", ["kd", "sfkd"])
+    monkeypatch.setattr(small_student, "BATCH", 4)
+    rows = small_student.bench_small_student(2, torch.device("cpu"))
+    assert [row["method"] for row in rows] == ["ce", "kd", "sfkd"]
+    assert [row["added_parameters"] > 0 for row in rows] == [False, False, True]
+    assert all(row["ratio"] > 0 and row["memory_ratio"] > 0.9 for row in rows)
+    assert rows[2]["operations"] > rows[1]["operations"] > rows[0]["operations"]
