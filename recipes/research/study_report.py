@@ -1,6 +1,6 @@
 """Tables and pictures of the runs of `study.py`, into docs/results/.
 
-python recipes/research/study_report.py                 # tables.md, curves.png, cost.png
+python recipes/research/study_report.py                 # tables.md, curves.png
 python recipes/research/study_report.py --features      # also bands.png and cka.png, from the saved students
 
 Pictures need matplotlib: `pip install "hetkd[plots]"`.
@@ -47,14 +47,13 @@ def main(words: list[str] | None = None) -> None:
     final = [row for row in rows if row["kind"] == "final" and row["epochs"] == PROTOCOL["epochs"]]
     if final:
         draw_curves(final, arguments.output / "curves.png")
-        draw_cost(final, arguments.output / "cost.png")
     if arguments.features:
         draw_features(arguments.students, arguments.teachers, arguments.output)
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Draw validation accuracy over epochs, the mean over the seeds, a panel a pair."""
-    pairs = pairs_of(rows)
+    """Draw validation accuracy over epochs, the mean over the seeds, a panel a pair that our methods were run on."""
+    pairs = pairs_of([row for row in rows if row["method"] == SHOWN[-1]])
     figure, panels = _panels(len(pairs))
     others = _best_others(rows)
     for panel, pair in zip(panels, pairs, strict=True):
@@ -66,7 +65,8 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
             scores = zip(*([score for _, score in curve] for curve in curves), strict=True)
             means = [statistics.mean(of_epoch) for of_epoch in scores]
             colour = COLOURS.get(method, GREEN)
-            panel.plot(epochs, means, "-o", color=colour, markersize=4, label=method)
+            label = method if "(" not in method else f"{method.partition(' ')[0]}, searched"
+            panel.plot(epochs, means, "-o", color=colour, markersize=4, label=label)
         panel.set_title(pair.replace(":", " → "), fontsize=11)
         panel.set_xlabel("epoch")
         panel.set_ylabel("validation top-1, %")
@@ -79,29 +79,6 @@ def _best_others(rows: Sequence[Row]) -> list[str]:
     others = dict.fromkeys(name_of(row) for row in rows if row["method"] not in SHOWN)
     means = {name: statistics.mean(row["test"] for row in rows if name_of(row) == name) for name in others}
     return sorted(means, key=lambda name: -means[name])[:1]
-
-
-def draw_cost(rows: Sequence[Row], path: Path) -> None:
-    """Draw mean test accuracy against the time of a run, a panel a pair."""
-    pairs = pairs_of(rows)
-    figure, panels = _panels(len(pairs), width=6.4)
-    for panel, pair in zip(panels, pairs, strict=True):
-        of_pair = [row for row in rows if row["pair"] == pair]
-        floor = statistics.median(row["seconds"] for row in of_pair if row["method"] == "ce")
-        points = []
-        for name in dict.fromkeys(name_of(row) for row in of_pair):
-            of_name = [row for row in of_pair if name_of(row) == name]
-            x = statistics.median(row["seconds"] for row in of_name) / floor
-            points.append((x, statistics.mean(row["test"] for row in of_name), name, of_name[0]["method"]))
-        for index, (x, y, name, method) in enumerate(sorted(points)):
-            panel.plot([x], [y], "o", color=COLOURS.get(method, GREEN))
-            offset = (5, 3 if index % 2 else -10)  # neighbours' labels do not meet
-            panel.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=8)
-        panel.margins(x=0.2)
-        panel.set_title(pair.replace(":", " → "), fontsize=11)
-        panel.set_xlabel("time of a run, ce = 1 (teacher recorded)")
-        panel.set_ylabel("test top-1, %")
-    _save(figure, path)
 
 
 def draw_features(students: Path, teachers: Path, output: Path) -> None:

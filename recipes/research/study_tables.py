@@ -47,25 +47,23 @@ def _results(rows: Sequence[Row], score: str) -> str:
     pairs = pairs_of(rows)
     heads = [pair.replace(":", " -> ") for pair in pairs]
     lines = [
-        f"| method | {' | '.join(heads)} | mean gain | against {REFERENCE} | added parameters | time, ce = 1 |",
-        f"|---|{'--:|' * len(pairs)}--:|--:|--:|--:|",
+        f"| method | {' | '.join(heads)} | mean gain | against {REFERENCE} | added parameters |",
+        f"|---|{'--:|' * len(pairs)}--:|--:|--:|",
     ]
     for name in dict.fromkeys(name_of(row) for row in rows):
-        cells, gains, times = [], [], []
+        cells, gains = [], []
         of_method = [row for row in rows if name_of(row) == name]
         for pair in pairs:
             of_pair = {row["seed"]: row for row in of_method if row["pair"] == pair}
             alone = {row["seed"]: row for row in rows if row["pair"] == pair and name_of(row) == "ce"}
             paired = [row[score] - alone[seed][score] for seed, row in of_pair.items() if seed in alone]
-            times += [row["seconds"] / alone[seed]["seconds"] for seed, row in of_pair.items() if seed in alone]
             cells.append(f"{_mean_and_spread([row[score] for row in of_pair.values()])} {_signed(paired)}".strip())
             gains.append(paired)
         mean_gain = _signed([statistics.mean(paired) for paired in gains] if all(gains) else []) or "-"
         counts = {row["added_parameters"] for row in of_method}
         added = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
-        time = f"{statistics.median(times):.2f}" if times else "-"
         against = _against(of_method, [row for row in rows if name_of(row) == REFERENCE], score)
-        lines.append(f"| {name} | {' | '.join(cells)} | {mean_gain} | {against} | {added} | {time} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {mean_gain} | {against} | {added} |")
     return "\n".join(lines)
 
 

@@ -72,7 +72,7 @@ def test_runs_tables_and_pictures(small):
     assert "sfkd (keep=1, stage_weights=[1, 2, 3])" in text
     gain = rows[-1]["test"] - rows[-2]["test"]
     assert f"| kd | {rows[-1]['test']:.2f} (1) {gain:+.2f} |" in text.partition("test images (4 epochs)")[2]
-    for name in ("curves", "cost", "cka", "bands"):
+    for name in ("curves", "cka", "bands"):
         assert (small / f"{name}.png").stat().st_size > 5_000
 
 
