@@ -32,7 +32,7 @@ FINAL = [
 SEARCHED = [
     *("ce", "kd:kd_weight=10.0,temperature=2.0", "dkd:kd_weight=10.0", "dist:temperature=4.0"),
     "rsd:stages=[0,1,2,3],feature_weight=4.0,kd_weight=1.0,temperature=4.0",
-    'fitnet:normalize="batch",feature_weight=100.0,kd_weight=10.0,temperature=4.0',
+    'fitnet:normalize="batch",feature_weight=100.0,kd_weight=10.0,temperature=4.0,stages=[0,1,2]',
     *("ofa", "crd:kd_weight=1.0,temperature=4.0", "at:feature_weight=100.0", "uhkd", "sfkd"),
 ]
 PARTS = [
