@@ -56,7 +56,10 @@ def distil(teacher: str, student: str, train: str, val: str | None, method: str,
 
 def evaluate(student: str, data: str, **options: Any) -> None:
     """Measure a saved student."""
-    found = Distiller(None, load_student(student).model, "ce").evaluate(data, **options)
+    loaded = load_student(student)
+    distiller = Distiller(None, loaded.model, "ce")
+    distiller.class_names = loaded.distillation.class_names
+    found = distiller.evaluate(data, **options)
     print(f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f}")
 
 

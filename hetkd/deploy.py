@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hetkd.data.images import make_loader
+from hetkd.data.images import TransformedImages, make_loader
 from hetkd.data.samples import images_and_labels
 from hetkd.distillation import Distillation
 from hetkd.models.description import KEY, Description
@@ -193,9 +193,13 @@ def _batches(distillation: Distillation, data: Any, most: int) -> Iterator[tuple
         yield torch.randint(256, shape, generator=generator, dtype=torch.uint8), None
         return
     loader = make_loader(data, what="images", spec=spec, size=size, batch_size=_BATCH, train=False, num_workers=0)
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, TransformedImages) and distillation.class_names is not None:
+        dataset.order_classes(distillation.class_names, "the student", "images")
     count = 0
     for batch in islice(loader, -(-most // _BATCH)):
         images, labels = images_and_labels(batch)
+        images, labels = images[: most - count], None if labels is None else labels[: most - count]
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         if x.shape[-2:] != size:
             x = nn.functional.interpolate(x, size, mode=spec.interpolation, antialias=True)

@@ -55,7 +55,7 @@ class Student:
         self.model, self.size, self._spec = model, tap.size, tap.spec
         labels = model_labels(model, tap.classes)
         count = tap.classes or 0
-        if labels is not None:
+        if labels is not None and labels.certain:
             self.distillation.class_names = [names[0] for names in labels.names]
         self.classes = [str(n) for n in range(count)] if labels is None else [names[0] for names in labels.names]
 

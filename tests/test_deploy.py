@@ -105,6 +105,22 @@ def test_int8_is_calibrated_and_its_accuracy_reported(tmp_path):
     assert json.loads(graph.get_modelmeta().custom_metadata_map["classes"]) == NAMES
 
 
+def test_classes_of_the_images_are_the_students(tmp_path):
+    for name in ("elm", "birch"):  # without the first and the third: alone they would be 0 and 1
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (70, 70), (40 * index, 90, 10)).save(tmp_path / "photos" / name / f"{index}.png")
+    path = student_file(tmp_path, cnn())
+    report = export(path, tmp_path / "student.pt2", images=tmp_path / "photos")
+    student = load_student(path)
+    right = [student.predict(photo).label == photo.parent.name for photo in (tmp_path / "photos").rglob("*.png")]
+    assert report.top1[0] == pytest.approx(100 * sum(right) / 6, abs=1e-6)
+    assert export(path, tmp_path / "student.pt2", images=tmp_path / "photos", most_images=4).images == 4
+    (tmp_path / "photos" / "elm").rename(tmp_path / "photos" / "oak")
+    with pytest.raises(ValueError, match="oak"):
+        export(path, tmp_path / "student.pt2", images=tmp_path / "photos")
+
+
 def test_what_cannot_be_exported_is_refused_before_time_is_spent(tmp_path):
     path = student_file(tmp_path, cnn())
     with pytest.raises(ValueError, match=r"must end in \.onnx or \.pt2"):

@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from hetkd import Distiller, load_model
+from hetkd import Distiller, load_model, load_student
 from hetkd.__main__ import main
 
 
@@ -33,7 +33,14 @@ def test_from_folders_to_names(world, capsys):
     student = world / "runs" / "test_resnet" / "best.safetensors"
     assert student.exists()
     assert main(["evaluate", str(student), "val", "--batch-size", "2"]) == 0
-    assert "top-1" in capsys.readouterr().out
+    both = capsys.readouterr().out
+    assert "top-1" in both
+    (world / "half" / "light").mkdir(parents=True)  # the second class: alone it would be the first
+    (world / "val" / "light" / "0.png").rename(world / "half" / "light" / "0.png")
+    answer = load_student(student).predict(world / "half" / "light" / "0.png").label
+    assert main(["evaluate", str(student), "half"]) == 0
+    assert f"top-1 {100.0 if answer == 'light' else 0.0:.2f} %" in capsys.readouterr().out
+    (world / "half" / "light" / "0.png").rename(world / "val" / "light" / "0.png")
     assert main(["predict", str(student), "val/dark/0.png", "val/light", "--top", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5

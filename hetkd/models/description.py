@@ -143,7 +143,7 @@ def _built_from(model: Any, spec: InputSpec) -> tuple[str | None, dict[str, Any]
     built = getattr(model, BUILT_FROM, None)
     if hasattr(getattr(model, "config", None), "model_type"):
         return "hf:", {"class": type(model).__name__, "config": json.loads(model.config.to_json_string(use_diff=False))}
-    if built is not None:
+    if built is not None and built["name"].count(":") == 1:  # a name on a hub could not be built without a network
         classes = {"num_classes": model.num_classes} if isinstance(getattr(model, "num_classes", None), int) else {}
         return built["name"], {**built["options"], **classes}
     config = getattr(model, "pretrained_cfg", None)

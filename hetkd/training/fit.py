@@ -201,8 +201,6 @@ def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trac
     if is_best:
         state.best, state.best_checkpoint = record, state.steps
     state.epoch, state.part = state.epoch + 1, EpochPart()
-    kept: dict[str, Any] = {name: record[name] for name in ("top1", "top5") if name in record}
-    run.whole.trained = {"epochs": state.epoch, **kept, **run.fingerprints}
     saver.save_epoch(student, is_best)
     trackers.log(record)
     progress.epoch_done(record)
