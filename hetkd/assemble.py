@@ -35,6 +35,7 @@ class Parts:
         method: Bound to the stage pairs.
         teachers: Live or recorded; empty for a method without a teacher.
         plan: What is matched with what.
+        classes_from_data: Whether nothing but the data says how many classes the student has.
     """
 
     student: nn.Module
@@ -42,6 +43,7 @@ class Parts:
     method: Method
     teachers: Teachers
     plan: Plan
+    classes_from_data: bool
 
 
 def assemble(
@@ -68,6 +70,7 @@ def assemble(
     taps = (
         recorded if recorded is not None else _live_taps(given, made, sizes.get("teacher"), normalized, teacher_classes)
     )
+    built_here = isinstance(student, str) and num_classes is None and not is_file(student)
     if isinstance(student, str):
         classes = taps[0].classes if num_classes is None and taps and not is_file(student) else num_classes
         student = load_model(student, pretrained=False, num_classes=classes)
@@ -86,7 +89,8 @@ def assemble(
     student_tap = Tap("student", student, sizes.get("student"), normalized)
     _bind(made, taps, student_tap, stages)
     teachers = (Teachers if recorded is None or not taps else RecordedTeachers)(taps, made)
-    return Parts(unwrap(student), student_tap, made, teachers, _make_plan(made, taps, student_tap))
+    plan, from_data = _make_plan(made, taps, student_tap), built_here and not made.uses_teacher_logits
+    return Parts(unwrap(student), student_tap, made, teachers, plan, from_data)
 
 
 def _refuse_shared_modules(student: nn.Module, teachers: Sequence[Tap]) -> None:

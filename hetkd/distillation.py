@@ -17,6 +17,7 @@ from hetkd.features.tap import Size, Tap
 from hetkd.methods.common.method import Method
 from hetkd.models.description import Description, describe
 from hetkd.models.inputs import Normalization, check_images, check_labels
+from hetkd.models.load import change_classes
 from hetkd.models.wrappers import tapped_module
 from hetkd.teachers import Encoded
 from hetkd.utils.compiling import blocks, compile_parts, warn_if_inert
@@ -77,7 +78,8 @@ class Distillation(nn.Module):
         self.student, self.student_tap = parts.student, parts.student_tap
         self.student_inputs = parts.student_tap.inputs
         self.teachers, self.method, self.plan = parts.teachers, parts.method, parts.plan
-        self.normalized = normalized is not None
+        self.classes_from_data = parts.classes_from_data
+        self.normalization, self.normalized = normalized, normalized is not None
         self.class_names: list[str] | None = None  # in the order of the logits, once training data tell them
         self.trained: dict[str, Any] = {}  # what `fit` has to say of the student: epochs, accuracy, data
         self._looked_at_values = False
@@ -193,6 +195,13 @@ class Distillation(nn.Module):
     def classes(self) -> int | None:
         """The number of classes of the student; ``None`` without a classifier."""
         return self.student_tap.classes
+
+    def set_classes(self, classes: int) -> None:
+        """Give a student that was built from a name, and whose logits no teacher is compared with, other classes."""
+        if classes != self.classes and self.classes is not None:
+            change_classes(self.student, classes)
+            self.student_tap.model = tapped_module(self.student)
+            self.student_tap.classes = self.method.classes = classes
 
     @property
     def loading_size(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from hetkd.models.weights import save_described
 from hetkd.utils.checks import choice, whole_number
 
 if TYPE_CHECKING:
+    from hetkd.training.check import DataCheck
     from hetkd.training.run import FitResult
 
 
@@ -168,29 +169,76 @@ class Distiller(Distillation):
         self,
         data: Any,
         *,
+        role: str = "student",
         batch_size: int = 128,
         num_workers: int = 0,
         image_key: str | None = None,
         label_key: str | None = None,
+        unreadable: str = "error",
     ) -> dict[str, float]:
-        """Evaluate the student; it runs where `fit` would train: on the accelerator, if there is one.
+        """Evaluate the student or a teacher where `fit` would train: on the accelerator, if there is one.
 
         Args:
-            data: As ``val`` of `fit`. After training, class folders are those of the training data by name.
+            data: As ``val`` of `fit`. After training, class folders are those of the training data by name; before it,
+                those of the model, where it knows their names.
+            role: ``"student"``, ``"teacher"``, or of several teachers ``"teacher0"`` and so on.
             batch_size: Images a batch, of data that is not a loader.
             num_workers: Processes that load images.
             image_key: As for `fit`.
             label_key: As for `fit`.
+            unreadable: As for `fit`; ``"skip"`` leaves such images out.
 
         Returns:
             ``{"top1", "top5", "loss"}``: accuracies in percent (top 5, or as many classes as there are) and mean
             cross-entropy.
+
+        Raises:
+            ValueError: If the model has no classifier, the data no labels, or there is no such teacher.
         """
         from hetkd.training.evaluate import evaluate
 
         self._move_to_accelerator()
-        keys = Keys(image_key, label_key)
-        return evaluate(self, data, batch_size=batch_size, num_workers=num_workers, keys=keys)
+        loading: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "unreadable": unreadable}
+        return evaluate(self, data, role=role, keys=Keys(image_key, label_key), **loading)
+
+    def check(
+        self,
+        train: Any,
+        val: Any = None,
+        *,
+        batch_size: int = 64,
+        image_key: str | None = None,
+        label_key: str | None = None,
+    ) -> DataCheck:
+        """Look at everything that `fit` would get, and print what is there and what is wrong; nothing is trained.
+
+        It reads every image once, counts the images of each class, shows the classes of both splits beside the
+        teacher's, and measures the teacher on some validation images.
+
+        Args:
+            train: As for `fit`.
+            val: As for `fit`.
+            batch_size: As for `fit`.
+            image_key: As for `fit`.
+            label_key: As for `fit`.
+
+        Returns:
+            What was printed, part by part; ``problems`` is empty if all is well.
+
+        Example:
+            >>> from hetkd import load_model
+            >>> distiller = Distiller(None, load_model("test_resnet", pretrained=False, num_classes=2), "ce")
+            >>> found = distiller.check((torch.rand(6, 3, 64, 64), torch.tensor([0, 1, 0, 1, 0, 1])))
+            train: 6 images, 64 x 64 pixels (median), 2 classes, 3 each
+            ...
+            no problem found
+        """
+        from hetkd.training.check import check
+
+        self._move_to_accelerator()
+        found = check(self, train, val, batch_size=batch_size, keys=Keys(image_key, label_key))
+        print(found)
+        return found
 
     def _move_to_accelerator(self) -> None:
         if torch.accelerator.is_available():

@@ -24,6 +24,7 @@ MODULES = [
 @pytest.fixture
 def registries(monkeypatch):
     """Names that an example registers are gone after it."""
+    hetkd.list_adapters()  # loads the entry points, once for the process
     for registry in (methods, adapters):
         monkeypatch.setattr(registry, "_items", dict(registry._items))
 

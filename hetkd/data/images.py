@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from hetkd.data.classes import class_names, label_map
 from hetkd.data.folders import open_folder
@@ -55,7 +55,6 @@ class TransformedImages(Dataset[Any]):
         seed: In training: what is random about a sample is a pure function of seed, epoch and index. ``None``: nothing
             is random.
         skip_unreadable: Take the next readable image in the place of one that cannot be read.
-
         keys: Where images and labels are in samples that are dicts.
 
     Attributes:
@@ -118,6 +117,20 @@ class TransformedImages(Dataset[Any]):
             return image
         label = checked_label(label, name_of(self.dataset, index)) if isinstance(label, str) else label
         return image, label if self.label_map is None else self.label_map[int(label)]
+
+    def picture(self, index: int) -> Any:
+        """Return an image as it is, before the transform.
+
+        Raises:
+            UnreadableImage: If its content is damaged.
+        """
+        return as_picture(images_and_labels(self.dataset[index], self.keys)[0])
+
+    def leave_out(self, indices: Iterable[int]) -> None:
+        """Leave images out, before any loader is iterated."""
+        left_out = set(indices)
+        self.dataset = Subset(self.dataset, [index for index in range(len(self)) if index not in left_out])
+        self.unreadable = torch.zeros(len(self.dataset), dtype=torch.bool).share_memory_()
 
     def order_classes(self, classes: Sequence[str], other: str, what: str) -> list[str]:
         """Map labels to the numbers of their classes among ``classes``, by name; return those that are missing here.

@@ -120,6 +120,26 @@ def _hugging_face_class(description: Description, num_classes: int | None, kwarg
     return model
 
 
+def change_classes(model: nn.Module, classes: int) -> None:
+    """Turn a model that `load_model` built into one with another number of classes, in place.
+
+    Args:
+        model: All its weights stay, except those of the head, which is new and untrained.
+        classes: Of the new head.
+    """
+    built = getattr(model, BUILT_FROM)
+    new = load_model(built["name"], pretrained=False, **{**built["options"], "num_classes": classes})
+    new.to(next(model.parameters()).device).train(model.training)
+    for path, module in list(new.named_modules()):
+        own, old = module.state_dict(), model.get_submodule(path).state_dict()
+        if not list(module.children()) and any(own[key].shape != old[key].shape for key in own):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module)
+    for name in ("num_classes", "num_labels", "config", BUILT_FROM):
+        if hasattr(new, name):
+            setattr(model, name, getattr(new, name))
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """List the names that `load_model` takes, of timm and torchvision; Hugging Face's hub cannot be listed offline.
 

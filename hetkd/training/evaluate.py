@@ -13,26 +13,56 @@ from torch.utils.data import DataLoader
 from hetkd.data.images import TransformedImages, has_labels, make_loader
 from hetkd.data.samples import Keys, images_and_labels
 from hetkd.data.seeding import generators_kept
+from hetkd.data.survey import unreadable as unreadable_among
 from hetkd.distillation import Distillation
 from hetkd.features.hooks import eval_mode
 from hetkd.models.inputs import check_images, check_labels
+from hetkd.training.classes import names_of_model
 from hetkd.training.signals import quietly
+from hetkd.utils.checks import choice
 
 _LOOKED_AT = 64
 WITHOUT_LABELS = "val has images without labels, which say nothing of accuracy: leave val out."
 
 
 def evaluate(
-    distillation: Distillation, data: Any, *, batch_size: int, num_workers: int, keys: Keys
+    distillation: Distillation, data: Any, *, role: str, batch_size: int, num_workers: int, keys: Keys, unreadable: str
 ) -> dict[str, float]:
-    """Evaluate the student of a distiller on the device where it is; see `hetkd.Distiller.evaluate`."""
-    loader = eval_loader(distillation, data, batch_size, num_workers, keys, notes=[])
-    device = next(distillation.student.parameters()).device
-    return measure(distillation, distillation.student, loader, device)
+    """Evaluate the student or a teacher of a distiller on the device where it is; see `hetkd.Distiller.evaluate`."""
+    alone, notes = in_role(distillation, role), list[str]()
+    loader = eval_loader(alone, data, batch_size, num_workers, keys, notes, role=role)
+    if choice("unreadable", unreadable, ["error", "skip"]) == "skip":
+        leave_unreadable_out(loader, notes)
+    for note in notes if unreadable == "skip" else []:
+        print(note)
+    device = next(alone.student.parameters()).device
+    return measure(alone, alone.student, loader, device)
+
+
+def in_role(distillation: Distillation, role: str) -> Distillation:
+    """Return the distillation itself for ``"student"``; for a teacher one whose student is that teacher.
+
+    Raises:
+        ValueError: If there is no such teacher, or its weights are not here.
+    """
+    if role == "student":
+        return distillation
+    taps = {tap.role: tap for tap in distillation.teachers.live}
+    tap = taps[choice("role", role, ["student", *taps])]
+    alone = Distillation(None, tap.model, "ce", input_size=tap.size, normalized=distillation.normalization)
+    alone.class_names = distillation.class_names
+    return alone
 
 
 def eval_loader(
-    distillation: Distillation, data: Any, batch_size: int, num_workers: int, keys: Keys, notes: list[str]
+    distillation: Distillation,
+    data: Any,
+    batch_size: int,
+    num_workers: int,
+    keys: Keys,
+    notes: list[str],
+    *,
+    role: str = "student",
 ) -> Iterable[Any]:
     """Make a loader in the order of the data, with every image; labels follow the classes of the training data.
 
@@ -43,13 +73,14 @@ def eval_loader(
         num_workers: Loading processes.
         keys: Where images and labels are in samples that are dicts.
         notes: Gets what to tell the user.
+        role: Of the model, for errors.
 
     Raises:
-        ValueError: If the student has no classifier, or the data no labels.
+        ValueError: If the model has no classifier, or the data no labels.
     """
     if distillation.classes is None:
         raise ValueError(
-            "the student has no classifier to evaluate: leave val out, or give it one with num_classes=..."
+            f"the {role} has no classifier to evaluate: leave val out, or give it one with num_classes=..."
         )
     spec, size = distillation.student_inputs.spec, distillation.student_inputs.size
     loader = make_loader(
@@ -65,12 +96,37 @@ def eval_loader(
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, TransformedImages):
         notes += dataset.notes
-        if distillation.class_names is not None:
-            missing = dataset.order_classes(distillation.class_names, "train", "val")
+        names = distillation.class_names
+        if names is None and dataset.class_names is not None:
+            names = names_of_model(dataset.class_names, distillation.student_tap, strict=False)
+        if names is not None:
+            missing = dataset.order_classes(names, "train", "val")
             notes += [f"val has no images of {len(missing)} classes: {', '.join(missing[:10])}"] if missing else []
     if has_labels(loader) is False:
         raise ValueError(WITHOUT_LABELS)
     return loader
+
+
+def leave_unreadable_out(loader: Iterable[Any], notes: list[str]) -> None:
+    """Read all images of a split once, and leave out those that cannot be read.
+
+    Args:
+        loader: One that `eval_loader` made; others are left as they are.
+        notes: Gets what to tell the user.
+
+    Raises:
+        ValueError: If no image can be read.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(dataset, TransformedImages):
+        return
+    bad = unreadable_among(dataset, range(len(dataset)))
+    if len(bad) == len(dataset):
+        raise ValueError("val has no image that can be read.")
+    if bad:
+        some = ", ".join(dataset.name_of(index) for index in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        notes.append(f"{len(bad)} images of val cannot be read and are left out: {some}")
+        dataset.leave_out(bad)
 
 
 def measure(

@@ -204,6 +204,7 @@ def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trac
     saver.save_epoch(student, is_best)
     trackers.log(record)
     progress.epoch_done(record)
+    _say_overtaken(run, record, progress)
     saver.obey_signals()
 
 
@@ -237,6 +238,17 @@ def _report_unreadable(run: Run, record: dict[str, float], progress: TrainingPro
     if bad:
         some = ", ".join(dataset.name_of(index) for index in bad[:5]) + (", ..." if len(bad) > 5 else "")
         progress.note(f"{len(bad)} images cannot be read and were skipped: {some}")
+
+
+def _say_overtaken(run: Run, record: dict[str, float], progress: TrainingProgress) -> None:
+    """Say once for each teacher when the student has become better."""
+    for role, top1 in list(run.teachers_top1.items()) if run.val is not None else []:
+        if record.get("top1", 0.0) > top1:
+            del run.teachers_top1[role]
+            progress.note(
+                f"the student has overtaken the {role}, which is right on {top1:.1f} %: a better teacher helps more "
+                "(hetkd.finetune), or a smaller kd_weight"
+            )
 
 
 def _out_of_memory(batch: int, options: TrainingOptions) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _SECONDS_A_LINE = 60.0
+_WORTH_SAYING = 60.0
 
 
 class TrainingProgress:
@@ -28,6 +29,8 @@ class TrainingProgress:
     def __init__(self, epochs: int, steps: int | None, first_epoch: int, first_step: int = 0, *, enabled: bool) -> None:
         self._epochs, self._steps = epochs, steps
         self._began = self._said = time.monotonic()
+        self._first_shown: tuple[float, float] | None = None
+        self._is_estimated = False
         self._console = Console(quiet=not enabled, highlight=False, markup=False, emoji=False)
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs), markup=False),
@@ -62,9 +65,25 @@ class TrainingProgress:
     def show(self, epoch: int, terms: Mapping[str, float], speed: float) -> None:
         """Show the newest loss terms and speed."""
         self._bar.update(self._task, epoch=epoch + 1, terms=_listed(terms), speed=speed)
+        self._estimate()
         if not self._console.is_terminal and time.monotonic() - self._said >= _SECONDS_A_LINE:
             self._said = time.monotonic()
             self.note(self._line(epoch, terms, speed))
+
+    def _estimate(self) -> None:
+        """Say once, when the first steps are over, how long an epoch and the run will take."""
+        task, now = self._bar.tasks[self._task], time.monotonic()
+        if self._is_estimated or self._steps is None:
+            return
+        if self._first_shown is None:  # the first steps are slower than those to come
+            self._first_shown = now, task.completed
+            return
+        since, done = self._first_shown
+        self._is_estimated = True
+        epoch = self._steps * (now - since) / (task.completed - done)
+        if epoch * self._epochs >= _WORTH_SAYING:
+            whole = f", {_duration(epoch * self._epochs)} for {self._epochs}" if self._epochs > 1 else ""
+            self.note(f"an epoch will take about {_duration(epoch)}{whole}, without validation")
 
     def _line(self, epoch: int, terms: Mapping[str, float], speed: float) -> str:
         task = self._bar.tasks[self._task]

@@ -110,6 +110,7 @@ class Run:
         keeps_checkpoints: Whether the run can be resumed.
         fingerprints: What tells training data and teachers from others.
         notes: What to tell the user at the start.
+        teachers_top1: Top-1 in percent of the teachers that were measured, by role.
         kept_in_eval: Modules of the student that the user put into eval mode.
         state: How far the run is.
     """
@@ -130,6 +131,7 @@ class Run:
     keeps_checkpoints: bool
     fingerprints: dict[str, Any]
     notes: list[str]
+    teachers_top1: dict[str, float]
     kept_in_eval: list[nn.Module]
     state: RunState = field(default_factory=RunState)
 

@@ -15,8 +15,9 @@ from hetkd.distillation import Distillation
 from hetkd.training.accelerator import fused_update, prepare, uses_deepspeed
 from hetkd.training.batches import Batches, TargetMaker, shared_out
 from hetkd.training.checkpoint import RunFolder
-from hetkd.training.classes import name_classes, teachers_accuracy
-from hetkd.training.evaluate import eval_loader, look_at_validation
+from hetkd.training.classes import name_classes
+from hetkd.training.evaluate import eval_loader, leave_unreadable_out, look_at_validation
+from hetkd.training.look import look_at_data, remarks, take_classes, teachers_accuracy
 from hetkd.training.options import TrainingOptions
 from hetkd.training.run import Run
 from hetkd.training.sharding import copy_for_sharding, place_teachers
@@ -40,11 +41,7 @@ def set_up(
 
     whole = distillation
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
-    train_loader = _train_loader(whole, train, options, cache)
-    notes = _prepare_student(whole, options) + name_classes(whole, getattr(train_loader, "dataset", None))
-    val_loader = None
-    if val is not None:
-        val_loader = eval_loader(whole, val, 2 * options.batch_size, options.num_workers, options.keys, notes)
+    train_loader, val_loader, notes = _open_data(whole, train, val, options, cache)
     _refuse_presets_on_normalized(options, whole)
     mixing = TargetMaker(options, whole.classes)
     if accelerator.is_fsdp2 and not isinstance(val_loader, DataLoader | None):
@@ -55,7 +52,9 @@ def set_up(
         distillation = copy_for_sharding(whole)
     optimizer = _make_optimizer(distillation, options, accelerator)
     model, optimizer = prepare(distillation, optimizer, accelerator, options, batches.size)
-    notes += teachers_accuracy(whole, getattr(train_loader, "dataset", None)) if cache is None else []
+    labelled = (train_loader, "train") if val is None else (val_loader, "val")
+    said, teachers_top1 = teachers_accuracy(whole, *labelled) if cache is None else ([], {})
+    notes += said
     if options.compile:
         distillation.compile()
     notes.insert(0, _said_at_the_start(batches, epochs, accelerator))
@@ -80,8 +79,26 @@ def set_up(
         keeps_checkpoints=folder is not None and not uses_deepspeed(accelerator),
         fingerprints={} if folder is None else _fingerprints(train_loader, whole, notes),
         notes=notes,
+        teachers_top1=teachers_top1,
         kept_in_eval=_kept_in_eval(distillation.student),
     )
+
+
+def _open_data(
+    distillation: Distillation, train: Any, val: Any, options: TrainingOptions, cache: TeacherCache | None
+) -> tuple[Iterable[Any], Iterable[Any] | None, list[str]]:
+    """Return the loaders of both splits, whose labels are the student's classes, and what to tell the user."""
+    train_loader = _train_loader(distillation, train, options, cache)
+    surveys = look_at_data({"train": train_loader})
+    take_classes(distillation, surveys)
+    notes = _prepare_student(distillation, options) + name_classes(distillation, getattr(train_loader, "dataset", None))
+    val_loader = None
+    if val is not None:
+        val_loader = eval_loader(distillation, val, 2 * options.batch_size, options.num_workers, options.keys, notes)
+        if options.unreadable == "skip":
+            leave_unreadable_out(val_loader, notes)
+        surveys += look_at_data({"val": val_loader})
+    return train_loader, val_loader, notes + [str(each) for each in surveys] + remarks(distillation, surveys)
 
 
 def _prepare_student(distillation: Distillation, options: TrainingOptions) -> list[str]:

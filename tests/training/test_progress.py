@@ -20,7 +20,8 @@ def test_without_a_terminal_there_is_a_line_a_minute(capsys, monkeypatch):
             progress.step()
             if step % 10 == 0:
                 progress.show((step - 1) // 100, {"ce": 2.5}, 320.0)
-    lines = capsys.readouterr().out.splitlines()
+    estimate, *lines = capsys.readouterr().out.splitlines()
+    assert estimate == "an epoch will take about 3 min 20 s, 10 min 0 s for 3, without validation"
     assert len(lines) == 5
     assert lines[0] == "epoch   1/3  step 30/100  ce 2.500  320 images/s  9 min 0 s left"
     assert lines[3].startswith("epoch   2/3  step 20/100")
