@@ -97,7 +97,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     one.add_argument("--method", default="sfkd", choices=list_methods())
     method = next((b for a, b in pairwise(words) if a == "--method" and b in methods.names()), "sfkd")
     _add_options(one, Distiller.fit, ("train", "val", "options"))
-    _add_options(one, TrainingOptions)
+    _add_options(one, TrainingOptions, ("callbacks",))
     _add_options(one, Distiller, ("teacher", "student", "method", "method_options"))
     _add_options(one, methods[method])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -14,6 +14,7 @@ from hetkd.utils.checks import choice, whole_number
 
 if TYPE_CHECKING:
     from hetkd.training.check import DataCheck
+    from hetkd.training.option_types import FitOptions
     from hetkd.training.run import FitResult
 
 
@@ -74,10 +75,10 @@ class Distiller(Distillation):
         train: Any,
         val: Any = None,
         *,
-        epochs: int,
+        epochs: int | None = None,
         output_dir: str | Path | None = None,
         resume: bool = False,
-        **options: Any,
+        **options: Unpack[FitOptions],
     ) -> FitResult:
         """Train the student with Hugging Face Accelerate, on the devices and processes that it finds.
 
@@ -85,7 +86,7 @@ class Distiller(Distillation):
             train: A folder of class folders, a dataset of (image, label), tensors ``(images, labels)``, or a loader of
                 such batches. With ``ce_weight=0`` also without labels: a folder, dataset, tensor or loader of images.
             val: The same, for `evaluate` after each epoch; ``None`` skips it.
-            epochs: Passes over the training data.
+            epochs: Passes over the training data; needed unless there is ``max_steps``.
             output_dir: Folder for checkpoints, history and the student; ``None`` writes nothing.
             resume: Continue the run in ``output_dir`` from its newest whole checkpoint, if there is one.
             **options: Fields of `hetkd.training.TrainingOptions`: ``batch_size``, ``lr``, ``optimizer``,

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from hetkd.data.classes import class_names, label_map
 from hetkd.data.folders import open_folder
@@ -176,6 +176,8 @@ def make_loader(
     seed: int = 0,
     skip_unreadable: bool = False,
     keys: Keys = Keys(),  # noqa: B008  (a constant)
+    min_crop: float = 0.08,
+    sampler: Callable[[Any], Sampler[int]] | None = None,
     wrap: Callable[[TransformedImages], Dataset[Any]] | None = None,
 ) -> Iterable[Any]:
     """Make a loader of batches of images and labels.
@@ -193,6 +195,8 @@ def make_loader(
         seed: Of what is random about single training images.
         skip_unreadable: See `TransformedImages`.
         keys: See `TransformedImages`.
+        min_crop: Smallest share of a training picture's area that its random crop keeps.
+        sampler: Makes the sampler of the dataset, instead of a plain one; a loader keeps its own.
         wrap: Makes another dataset of the one that would be loaded; then a loader is refused.
 
     Raises:
@@ -200,9 +204,8 @@ def make_loader(
         TypeError: If ``data`` is none of these.
         ValueError: If it is empty.
     """
-    dataset: Any = make_dataset(
-        data, what=what, spec=spec, size=size, train=train, seed=seed, skip_unreadable=skip_unreadable, keys=keys
-    )
+    transforming: dict[str, Any] = {"spec": spec, "size": size, "train": train, "min_crop": min_crop}
+    dataset: Any = make_dataset(data, what=what, seed=seed, skip_unreadable=skip_unreadable, keys=keys, **transforming)
     if wrap is not None:
         dataset = wrap(as_single_images(dataset, what, seed))
     elif _is_loader(dataset):
@@ -211,7 +214,8 @@ def make_loader(
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=train,
+        shuffle=train if sampler is None else None,
+        sampler=None if sampler is None else sampler(dataset),
         drop_last=drop_last,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
@@ -230,6 +234,7 @@ def make_dataset(
     seed: int = 0,
     skip_unreadable: bool = False,
     keys: Keys = Keys(),  # noqa: B008  (a constant)
+    min_crop: float = 0.08,
 ) -> Any:
     """Make a dataset of what `make_loader` takes; a loader is returned as it is."""
     if isinstance(data, (str, Path)):
@@ -249,7 +254,7 @@ def make_dataset(
         raise TypeError(
             f"{what} must be a folder, a dataset, tensors (images, labels) or a loader, got {type(data).__name__}."
         )
-    transform = image_transform(spec, size, train)
+    transform = image_transform(spec, size, train, min_crop)
     return TransformedImages(data, transform, seed if train else None, skip_unreadable=skip_unreadable, keys=keys)
 
 
@@ -301,23 +306,29 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def image_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Any], Tensor]:
+def image_transform(
+    spec: InputSpec, size: tuple[int, int], train: bool, min_crop: float = 0.08
+) -> Callable[[Any], Tensor]:
     """Return the transform from a PIL image to a uint8 tensor ``[C, H, W]``: training crops and flips at random."""
     from torchvision.transforms import v2
 
     colour = v2.Lambda(partial(upright_8bit, mode="L" if spec.channels == 1 else "RGB"))
-    transform: Callable[[Any], Tensor] = v2.Compose([colour, v2.PILToTensor(), crop_transform(spec, size, train)])
+    transform: Callable[[Any], Tensor] = v2.Compose(
+        [colour, v2.PILToTensor(), crop_transform(spec, size, train, min_crop)]
+    )
     return transform
 
 
-def crop_transform(spec: InputSpec, size: tuple[int, int], train: bool) -> Callable[[Tensor], Tensor]:
+def crop_transform(
+    spec: InputSpec, size: tuple[int, int], train: bool, min_crop: float = 0.08
+) -> Callable[[Tensor], Tensor]:
     """Return the part of `image_transform` that works on tensors ``[C, H, W]``."""
     from torchvision.transforms import InterpolationMode, v2
 
     mode = InterpolationMode(spec.interpolation)
     crop: Sequence[Any]
     if train:
-        crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=mode), v2.RandomHorizontalFlip()]
+        crop = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=mode), v2.RandomHorizontalFlip()]
     elif spec.crop_ratio is None:
         crop = [v2.Resize(size, interpolation=mode)]
     else:

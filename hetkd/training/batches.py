@@ -201,10 +201,11 @@ class Batches:
     def _count(self, *, is_shared_out: bool) -> int | None:
         batches, accumulation = length(self.loader), self.options.gradient_accumulation
         if batches is None:
-            if self.options.scheduler != "constant" or self.options.warmup_epochs:
+            has_end = self.options.scheduler == "constant" or self.options.max_steps is not None
+            if not has_end or self.options.warmup_epochs:
                 raise ValueError(
-                    "train is a loader without a length: its schedule is unknown; use scheduler='constant' and no "
-                    "warmup_epochs."
+                    "train is a loader without a length: its schedule is unknown; use max_steps=..., or "
+                    "scheduler='constant', and no warmup_epochs."
                 )
             return None
         if not is_shared_out:

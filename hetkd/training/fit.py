@@ -1,18 +1,20 @@
 """Training on Hugging Face Accelerate: set up, epochs, steps."""
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hetkd.data.images import TransformedImages
 from hetkd.data.seeding import generators_kept, restore_random_state
 from hetkd.distillation import Distillation
 from hetkd.training.accelerator import make_accelerator, own_state_kept
 from hetkd.training.batches import Batch
+from hetkd.training.callbacks import Moment, as_callbacks
 from hetkd.training.checkpoint import RunFolder
 from hetkd.training.evaluate import measure
 from hetkd.training.frozen import only_used_parameters
@@ -21,9 +23,12 @@ from hetkd.training.progress import TrainingProgress
 from hetkd.training.run import EpochPart, FitResult, Run
 from hetkd.training.saving import Saver, run_settings
 from hetkd.training.setup import set_up
-from hetkd.training.sharding import share_buffers, unsharded_weights
+from hetkd.training.sharding import share_buffers, synchronised_batchnorm, unsharded_weights
+from hetkd.training.signals import end_without_traceback
 from hetkd.training.terms import Terms, TrainingDiverged, refuse_broken_weights
 from hetkd.training.trackers import Trackers
+from hetkd.utils.checks import whole_number
+from hetkd.utils.distributed import largest_of_processes
 
 
 def fit(
@@ -31,17 +36,17 @@ def fit(
     train: Any,
     val: Any,
     *,
-    epochs: int,
+    epochs: int | None,
     output_dir: str | Path | None,
     resume: bool,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> FitResult:
     """Train; see `hetkd.Distiller.fit`."""
     # set up
     if distillation.teachers.cache is not None:
         options = {"teacher_cache": distillation.teachers.cache, **options}
     checked = TrainingOptions.from_mapping(options)
-    _check_arguments(distillation, epochs, output_dir, resume, checked)
+    _check_arguments(distillation, epochs, val, output_dir, resume, checked)
     folder = None if output_dir is None else RunFolder(output_dir, resume=resume, keep_last=checked.keep_last)
     distillation.look_at_values_again()
     with ExitStack() as stack:
@@ -54,7 +59,10 @@ def fit(
             # A student that FSDP is to shard may not fit on one device.
             device = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
             stack.enter_context(only_used_parameters(distillation, device))
+        if checked.sync_batchnorm and accelerator.num_processes > 1:
+            stack.enter_context(synchronised_batchnorm(distillation.student, accelerator))
         stack.callback(accelerator.unwrap_model, distillation, keep_fp32_wrapper=False)
+        stack.callback(setattr, distillation.method, "class_weights", None)
         run = set_up(distillation, train, val, epochs, folder, checked, accelerator)
         stack.callback(accelerator.unwrap_model, run.model, keep_fp32_wrapper=False)
         saver = Saver(run)
@@ -68,6 +76,24 @@ def fit(
         if accelerator.is_fsdp2:
             distillation.load_state_dict(unsharded_weights(run.model))
     return FitResult(run.state.history, run.state.best, None if folder is None else folder.path)
+
+
+class Told:
+    """Tells the callbacks of a run what happens; one that asks for the end ends it in all processes."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.callbacks = run, as_callbacks(run.options.callbacks)
+
+    def __call__(self, what: str, record: Mapping[str, Any] | None = None) -> None:
+        """Call a method of all callbacks, by its name."""
+        if not self.callbacks:
+            return
+        state = self.run.state
+        epoch = state.epoch + (what in ("on_start", "on_step"))
+        moment = Moment(self.run.whole, epoch, state.steps, record or {})
+        for callback in self.callbacks:
+            getattr(callback, what)(moment)
+        state.is_stopping |= bool(largest_of_processes(int(moment.is_stopping), self.run.device))
 
 
 def train_epochs(run: Run, saver: Saver) -> None:
@@ -86,10 +112,13 @@ def train_epochs(run: Run, saver: Saver) -> None:
             progress.note(note)
         if state.steps:
             progress.note(f"going on after epoch {state.epoch}" + (f", step {part.step}" if part.step else ""))
-        while state.epoch < run.epochs:
+        tell = Told(run)
+        tell("on_start")
+        while not run.is_over:
             try:
-                record = train_epoch(run, saver, progress)
+                record = train_epoch(run, saver, progress, tell)
                 end_epoch(run, saver, progress, trackers, record)
+                tell("on_epoch", record)
             except TrainingDiverged as error:
                 if run.folder is None or state.returned >= run.options.returns:
                     raise
@@ -97,9 +126,25 @@ def train_epochs(run: Run, saver: Saver) -> None:
                 returns = f"{state.returned} of {run.options.returns}"
                 progress.note(f"{error} Going back to the last checkpoint ({returns}).")
                 saver.restore(go_back=True)
-            except (KeyboardInterrupt, SystemExit):
+            except (KeyboardInterrupt, SystemExit) as error:
                 progress.note(_how_to_go_on(saver))
+                end_without_traceback(error)
                 raise
+        tell("on_end", state.history[-1] if state.history else {})
+        why = _why_ended(run)
+        if why:
+            progress.note(why)
+
+
+def _why_ended(run: Run) -> str:
+    state, options = run.state, run.options
+    if options.max_steps is not None and state.steps >= options.max_steps:
+        return f"ended after max_steps={options.max_steps}"
+    if state.is_stopping:
+        return "ended by a callback"
+    if state.epoch >= run.epochs:
+        return ""
+    return f"ended: no epoch was better than epoch {state.best['epoch']:.0f} for {options.patience} evaluations"
 
 
 def _how_to_go_on(saver: Saver) -> str:
@@ -112,7 +157,7 @@ def _how_to_go_on(saver: Saver) -> str:
     return f"saved at step {saver.saved_step}; go on with {again}"
 
 
-def train_epoch(run: Run, saver: Saver, progress: TrainingProgress) -> dict[str, float]:
+def train_epoch(run: Run, saver: Saver, progress: TrainingProgress, tell: Told) -> dict[str, float]:
     """Train one epoch, or the rest of one that was interrupted; return its record."""
     from accelerate.utils import set_seed
 
@@ -129,7 +174,7 @@ def train_epoch(run: Run, saver: Saver, progress: TrainingProgress) -> dict[str,
             restore_random_state(part.random)
             part.random = None
         part.step += 1
-        train_step(run, batch, terms)
+        newest = train_step(run, batch, terms)
         part.images += len(batch.images)
         state.steps += 1
         progress.step()
@@ -142,6 +187,9 @@ def train_epoch(run: Run, saver: Saver, progress: TrainingProgress) -> dict[str,
             part.seconds = time.perf_counter() - since
             saver.save_checkpoint()
             saver.signals.obey()
+        tell("on_step", newest)
+        if state.is_stopping or state.steps == options.max_steps:
+            break
     if part.step == 0:
         raise ValueError("train is empty: its loader yields no batch.")
     terms.read()
@@ -156,8 +204,8 @@ def train_epoch(run: Run, saver: Saver, progress: TrainingProgress) -> dict[str,
     }
 
 
-def train_step(run: Run, batch: Batch, terms: Terms) -> None:
-    """Forward, backward and, where gradients are not to be accumulated further, update."""
+def train_step(run: Run, batch: Batch, terms: Terms) -> dict[str, Tensor]:
+    """Forward, backward and, where gradients are not to be accumulated further, update; return the loss terms."""
     accelerator, state = run.accelerator, run.state
     images, labels = run.mixing(batch.images, batch.labels)
     with accelerator.accumulate(run.model):
@@ -178,6 +226,7 @@ def train_step(run: Run, batch: Batch, terms: Terms) -> None:
         state.update += 1
         if run.ema is not None:
             run.ema.update(run.distillation.student, step=state.update)
+    return {name: term.detach() for name, term in output.terms.items()}
 
 
 def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trackers, record: dict[str, float]) -> None:
@@ -190,14 +239,14 @@ def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trac
         if run.ema is not None:
             share_buffers(run.ema.module)
     state.history.append(record)
-    if run.val is not None:
+    if run.val is not None and (run.is_last_epoch or (state.epoch + 1) % run.options.eval_every == 0):
         try:
             record |= measure(run.distillation, student, run.val, run.device, run.accelerator)
         except Exception:  # the epoch is trained, whatever is wrong with the validation data
             state.epoch, state.part = state.epoch + 1, EpochPart()
             saver.save_epoch(student, is_best=False)
             raise
-    is_best = run.val is None or record["top1"] > state.best.get("top1", -1.0)
+    is_best = run.val is None or record.get("top1", -1.0) > state.best.get("top1", -1.0)
     if is_best:
         state.best, state.best_checkpoint = record, state.steps
     state.epoch, state.part = state.epoch + 1, EpochPart()
@@ -209,10 +258,18 @@ def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trac
 
 
 def _check_arguments(
-    distillation: Distillation, epochs: int, output_dir: str | Path | None, resume: bool, options: TrainingOptions
+    distillation: Distillation,
+    epochs: int | None,
+    val: Any,
+    output_dir: str | Path | None,
+    resume: bool,
+    options: TrainingOptions,
 ) -> None:
-    if not (isinstance(epochs, int) and epochs >= 1):
-        raise ValueError(f"epochs={epochs!r} must be a whole number of at least 1.")
+    if epochs is None and options.max_steps is None:
+        raise ValueError("fit needs to know when to end: epochs=10, or max_steps=1000.")
+    whole_number("epochs", 1 if epochs is None else epochs)
+    if options.patience is not None and val is None:
+        raise ValueError(f"patience={options.patience} needs val, whose top-1 says when to end.")
     if not any(parameter.requires_grad for parameter in distillation.student.parameters()):
         raise ValueError("all parameters of the student are frozen: call student.requires_grad_(True).")
     if resume and output_dir is None:
@@ -221,7 +278,7 @@ def _check_arguments(
         for name in ("returns", "checkpoint_steps"):
             if getattr(options, name):
                 raise ValueError(f"{name}={getattr(options, name)} needs an output_dir, where checkpoints go.")
-    if options.warmup_epochs > epochs:
+    if epochs is not None and options.warmup_epochs > epochs:
         raise ValueError(f"warmup_epochs={options.warmup_epochs} is more than epochs={epochs}.")
 
 

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from hetkd.data.augment import PRESETS
 from hetkd.data.samples import Keys
-from hetkd.utils.checks import check_option_names, choice, not_negative, positive, unknown_name
+from hetkd.training.callbacks import as_callbacks
+from hetkd.utils.checks import check_option_names, choice, not_negative, positive, unknown_name, whole_number
 
 LEARNING_RATES = {"sgd": 0.05, "adamw": 1e-3, "lamb": 5e-3}
 
@@ -24,9 +25,12 @@ class TrainingOptions:
         batch_size: Images a step and process; a loader has its own batch size.
         optimizer: A name of timm's optimizers (``"adamw"``, ``"sgd"``, ``"lamb"``, ...), or a class or function of
             parameter groups: ``torch.optim.RAdam``.
-        optimizer_options: Further options of the optimizer: ``{"betas": (0.9, 0.95)}``.
+        optimizer_options: Further keyword options of the optimizer, timm's or one's own: ``{"betas": (0.9, 0.95)}``.
         lr: Peak learning rate; ``None``: 1e-3 for adamw, 0.05 for sgd, 5e-3 for lamb.
         weight_decay: Decay of weights; biases and norms have none.
+        layer_decay: Factor of the learning rate from each layer of the student to the one before it, for fine-tuning
+            (0.75 is usual for a ViT); ``None``: all layers learn at the same rate.
+        method_lr: Peak learning rate of the method's own parameters (projections); ``None``: ``lr``.
         momentum: SGD momentum.
         scheduler: One of timm's: ``"cosine"``, ``"tanh"``, ``"poly"`` (a straight line), ``"step"`` or ``"constant"``.
         decay_epochs: Epochs between two steps of the schedule ``"step"``.
@@ -42,17 +46,30 @@ class TrainingOptions:
         ema: Decay of the average of the student's weights, e.g. 0.9999; ``None``: no average.
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
+        class_weights: Weights of the classes in the cross-entropy: a number each, or ``"balanced"``: the inverse of
+            their shares of the training images.
+        balanced_sampling: Draw training images so that each class comes equally often
+            (``torch.utils.data.WeightedRandomSampler``), for unbalanced folders.
         label_smoothing: Smoothing of hard labels; the teacher's term does not change.
         augment: Augmentation of batches on the training device: ``"light"`` (shift and flip) or ``"strong"`` (also
             RandAugment and erasing), presets of kornia (`hetkd.data.augment.Augmentation`), or any function of images
             ``[B, C, H, W]`` in [0, 1], for example a ``kornia.augmentation.AugmentationSequential``.
+        min_crop: Smallest share of a training picture's area that its random crop keeps; 1 crops as little as the shape
+            allows. For pictures that are loaded here; tensors and loaders are taken as they are.
         num_workers: Loading processes; a loader has its own.
         image_key: Name of the images in samples that are dicts; ``None``: found by name or type.
         label_key: The same for the labels.
-        unreadable: What to do with an unreadable image of ``train``: ``"error"`` ends the run with its path, ``"skip"``
-            takes the next image instead, and counts and names the bad ones at the end of the epoch.
+        unreadable: What to do with an unreadable image: ``"error"`` ends the run with its path, ``"skip"`` takes the
+            next image of ``train`` instead, and counts and names the bad ones at the end of the epoch; those of ``val``
+            are left out, after one pass over it.
         seed: Seed of data order and augmentation.
         cpu: Train on the CPU although there is an accelerator.
+        max_steps: End after so many steps (batches) in all, though ``epochs`` would not be over; the schedule ends
+            there too. Without ``epochs`` it alone says when to end.
+        eval_every: Epochs from one evaluation to the next; the last epoch is always evaluated.
+        patience: End after so many evaluations without a better top-1 (early stopping); ``None``: never.
+        callbacks: `hetkd.training.Callback` objects, or functions that are called after each epoch.
+        sync_batchnorm: Take batch norms' statistics over all processes, on GPUs.
         checkpoint_steps: Steps between checkpoints within an epoch, or ``None``. A checkpoint is always written at the
             end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
         checkpoint_minutes: Minutes between checkpoints within an epoch, or ``None``.
@@ -75,6 +92,8 @@ class TrainingOptions:
     optimizer_options: Mapping[str, Any] | None = None
     lr: float | None = None
     weight_decay: float = 0.05
+    layer_decay: float | None = None
+    method_lr: float | None = None
     momentum: float = 0.9
     scheduler: str = "cosine"
     decay_epochs: float = 30.0
@@ -89,14 +108,22 @@ class TrainingOptions:
     ema: float | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
+    class_weights: str | Sequence[float] | None = None
+    balanced_sampling: bool = False
     label_smoothing: float = 0.0
     augment: str | Callable[[Tensor], Tensor] | None = None
+    min_crop: float = 0.08
     num_workers: int = 0
     image_key: str | None = None
     label_key: str | None = None
     unreadable: str = "error"
     seed: int = 0
     cpu: bool = False
+    max_steps: int | None = None
+    eval_every: int = 1
+    patience: int | None = None
+    callbacks: Sequence[Any] = ()
+    sync_batchnorm: bool = False
     checkpoint_steps: int | None = None
     checkpoint_minutes: float | None = 10.0
     keep_last: int = 2
@@ -110,17 +137,27 @@ class TrainingOptions:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation", "log_every", "keep_last", "checkpoint_steps"):
-            value = getattr(self, name)
-            if name == "checkpoint_steps" and value is None:
-                continue
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        for name in ("batch_size", "gradient_accumulation", "log_every", "keep_last", "eval_every"):
+            whole_number(name, getattr(self, name))
+        for name in ("checkpoint_steps", "max_steps", "patience"):
+            whole_number(name, 1 if getattr(self, name) is None else getattr(self, name))
         for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "mixup", "cutmix", "num_workers"):
             not_negative(name, getattr(self, name))
-        for name in ("lr", "warmup_lr", "clip_grad", "checkpoint_minutes"):
+        for name in ("lr", "warmup_lr", "clip_grad", "checkpoint_minutes", "method_lr"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
+        for name in ("layer_decay", "min_crop"):
+            value = getattr(self, name)
+            if value is not None and not 0 < positive(name, value) <= 1:
+                raise ValueError(f"{name}={value} must be more than 0 and at most 1.")
+        if (self.max_steps or 0) % self.gradient_accumulation:
+            raise ValueError(
+                f"max_steps={self.max_steps} must be a multiple of gradient_accumulation={self.gradient_accumulation}, "
+                "or its last steps would update nothing."
+            )
+        if isinstance(self.class_weights, str):
+            choice("class_weights", self.class_weights, ["balanced"])
+        as_callbacks(self.callbacks)
         if not (isinstance(self.returns, int) and self.returns >= 0):
             raise ValueError(f"returns={self.returns!r} must be a whole number of at least 0.")
         if self.teacher_cache is not None and (self.augment is not None or self.mixup or self.cutmix):
@@ -183,7 +220,7 @@ class TrainingOptions:
         return LEARNING_RATES[str(self.optimizer)] if self.lr is None else self.lr
 
     @classmethod
-    def from_mapping(cls, options: dict[str, Any]) -> "TrainingOptions":
+    def from_mapping(cls, options: Mapping[str, Any]) -> "TrainingOptions":
         """Build options from keywords.
 
         Raises:
@@ -201,7 +238,9 @@ class TrainingOptions:
             "optimizer": _word(self.optimizer),
             "optimizer_options": None if self.optimizer_options is None else dict(self.optimizer_options),
             "augment": _word(self.augment),
+            "class_weights": list(self.class_weights or ()) if not isinstance(self.class_weights, str) else "balanced",
             "trackers": [str(tracker) for tracker in self.trackers],
+            "callbacks": [_word(type(each)) for each in self.callbacks],
             "teacher_cache": None if self.teacher_cache is None else str(self.teacher_cache),
         }
 

@@ -1,10 +1,12 @@
 """Progress in the terminal: a bar with loss terms, images/s and time left, and a line an epoch.
 
-Where there is no terminal (a log file, a job of a cluster), a line a minute stands for the bar.
+Where there is no terminal (a log file, a job of a cluster, a notebook without ipywidgets), a line a minute stands for
+the bar.
 """
 
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Self
 
@@ -32,6 +34,9 @@ class TrainingProgress:
         self._first_shown: tuple[float, float] | None = None
         self._is_estimated = False
         self._console = Console(quiet=not enabled, highlight=False, markup=False, emoji=False)
+        # A notebook draws the bar by widgets, or not at all.
+        has_widgets = self._console.is_jupyter and find_spec("ipywidgets") is not None
+        self._shows_bar = self._console.is_terminal or has_widgets
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs), markup=False),
             BarColumn(bar_width=24),
@@ -41,7 +46,7 @@ class TrainingProgress:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not enabled or not self._console.is_terminal,
+            disable=not enabled or not self._shows_bar,
         )
         total = None if steps is None else steps * epochs
         done = self._done_before = first_step if steps is None else steps * first_epoch + first_step
@@ -66,7 +71,7 @@ class TrainingProgress:
         """Show the newest loss terms and speed."""
         self._bar.update(self._task, epoch=epoch + 1, terms=_listed(terms), speed=speed)
         self._estimate()
-        if not self._console.is_terminal and time.monotonic() - self._said >= _SECONDS_A_LINE:
+        if not self._shows_bar and time.monotonic() - self._said >= _SECONDS_A_LINE:
             self._said = time.monotonic()
             self.note(self._line(epoch, terms, speed))
 

@@ -68,6 +68,7 @@ class RunState:
         history: See `FitResult`.
         best: See `FitResult`.
         best_checkpoint: The number of the checkpoint of the best epoch.
+        is_stopping: Whether a callback asked for the end; a run that goes on begins anew.
     """
 
     epoch: int = 0
@@ -78,6 +79,13 @@ class RunState:
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     best_checkpoint: int | None = None
+    is_stopping: bool = False
+
+    @property
+    def evaluations_since_best(self) -> int:
+        """How many evaluations there were after the best one."""
+        best = self.best.get("epoch", 0.0)
+        return sum("top1" in record and record["epoch"] > best for record in self.history)
 
     @property
     def order(self) -> int:
@@ -134,6 +142,21 @@ class Run:
     teachers_top1: dict[str, float]
     kept_in_eval: list[nn.Module]
     state: RunState = field(default_factory=RunState)
+
+    @property
+    def is_last_epoch(self) -> bool:
+        """Whether the epoch that was trained now is the last, as far as it is known before its evaluation."""
+        ended = self.state.is_stopping or self.state.steps == self.options.max_steps
+        return ended or self.state.epoch + 1 >= self.epochs
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs or steps are done, no epoch was better for long, or a callback asked for the end."""
+        state, options = self.state, self.options
+        last, patience = options.max_steps, options.patience
+        if state.epoch >= self.epochs or state.is_stopping or (last is not None and state.steps >= last):
+            return True
+        return patience is not None and state.evaluations_since_best >= patience
 
     @property
     def device(self) -> torch.device:

@@ -36,6 +36,10 @@ FREE_SETTINGS = {
     "compile",
     "trackers",
     "unreadable",
+    "max_steps",
+    "eval_every",
+    "patience",
+    "callbacks",
 }
 """Settings that may differ between a run and its resumption without a word."""
 _OTHER_PROCESSES = {"processes", "effective_batch_size"}
@@ -223,7 +227,7 @@ def run_settings(run: Run) -> dict[str, Any]:
 def _state_values(state: RunState) -> dict[str, Any]:
     """Return the state as JSON values; sums and random states are saved as tensors."""
     flat = {**vars(state), **vars(state.part)}
-    return {name: value for name, value in flat.items() if name not in ("part", "sums", "random")}
+    return {name: value for name, value in flat.items() if name not in ("part", "sums", "random", "is_stopping")}
 
 
 def _restore_state(run: Run, saved: Checkpoint) -> None:

@@ -1,22 +1,25 @@
 """Sets a run up: data, optimizer, schedule, and how they are spread over devices and processes."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from hetkd.cache.fingerprints import check_cache, fingerprint_data
 from hetkd.cache.images import CachedImages
 from hetkd.cache.records import TeacherCache
 from hetkd.data.images import TensorImages, TransformedImages, length, make_loader
+from hetkd.data.labels import known_labels
 from hetkd.distillation import Distillation
-from hetkd.training.accelerator import fused_update, prepare, uses_deepspeed
+from hetkd.training.accelerator import prepare, uses_deepspeed
 from hetkd.training.batches import Batches, TargetMaker, shared_out
 from hetkd.training.checkpoint import RunFolder
 from hetkd.training.classes import name_classes
 from hetkd.training.evaluate import eval_loader, leave_unreadable_out, look_at_validation
+from hetkd.training.groups import class_weights, make_optimizer
 from hetkd.training.look import look_at_data, remarks, take_classes, teachers_accuracy
 from hetkd.training.options import TrainingOptions
 from hetkd.training.run import Run
@@ -27,7 +30,7 @@ def set_up(
     distillation: Distillation,
     train: Any,
     val: Any,
-    epochs: int,
+    epochs: int | None,
     folder: RunFolder | None,
     options: TrainingOptions,
     accelerator: Any,
@@ -43,21 +46,22 @@ def set_up(
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     train_loader, val_loader, notes = _open_data(whole, train, val, options, cache)
     _refuse_presets_on_normalized(options, whole)
+    _weigh_classes(whole, options, getattr(train_loader, "dataset", None), accelerator.device)
     mixing = TargetMaker(options, whole.classes)
     if accelerator.is_fsdp2 and not isinstance(val_loader, DataLoader | None):
         raise ValueError("val must be data or a DataLoader under FSDP, whose processes evaluate in step.")
     batches = Batches(train_loader, whole, mixing, options, accelerator, cache)
+    epochs = _whole_epochs(epochs, options, batches.count)
     place_teachers(whole.teachers, options.teacher_placement, accelerator)
     if accelerator.is_fsdp2:
         distillation = copy_for_sharding(whole)
-    optimizer = _make_optimizer(distillation, options, accelerator)
+    optimizer = make_optimizer(distillation, options, accelerator)
     model, optimizer = prepare(distillation, optimizer, accelerator, options, batches.size)
     labelled = (train_loader, "train") if val is None else (val_loader, "val")
     said, teachers_top1 = teachers_accuracy(whole, *labelled) if cache is None else ([], {})
-    notes += said
     if options.compile:
         distillation.compile()
-    notes.insert(0, _said_at_the_start(batches, epochs, accelerator))
+    notes = [_said_at_the_start(batches, epochs, accelerator), *notes, *said]
     if folder is not None and uses_deepspeed(accelerator):
         notes.append("DeepSpeed: students are saved after each epoch, but no checkpoint to resume from.")
     if val_loader is not None:
@@ -121,6 +125,20 @@ def _refuse_presets_on_normalized(options: TrainingOptions, distillation: Distil
         )
 
 
+def _weigh_classes(distillation: Distillation, options: TrainingOptions, dataset: Any, device: torch.device) -> None:
+    weights = class_weights(options, known_labels(dataset), distillation.classes)
+    distillation.method.class_weights = None if weights is None else weights.to(device)
+
+
+def _whole_epochs(epochs: int | None, options: TrainingOptions, count: int | None) -> int:
+    """Return the number of epochs, the last of which may end early, of a run of so many batches an epoch."""
+    if options.max_steps is None:
+        assert epochs is not None, "fit has looked"
+        return epochs
+    needed = options.max_steps if count is None else math.ceil(options.max_steps / count)
+    return needed if epochs is None else min(epochs, needed)
+
+
 def _said_at_the_start(batches: Batches, epochs: int, accelerator: Any) -> str:
     processes = accelerator.num_processes
     images = batches.size * batches.options.gradient_accumulation * processes
@@ -166,33 +184,30 @@ def _train_loader(
         seed=options.seed if cache is None else cache.about["seed"],
         skip_unreadable=options.unreadable == "skip",
         keys=options.keys,
+        min_crop=options.min_crop,
+        sampler=_balanced_sampler if options.balanced_sampling else None,
         wrap=None if cache is None else with_cache,
     )
 
 
-def _make_optimizer(distillation: Distillation, options: TrainingOptions, accelerator: Any) -> Any:
-    from timm.optim import create_optimizer_v2, param_groups_weight_decay
-
-    more = dict(options.optimizer_options or {})
-    if not isinstance(options.optimizer, str):
-        groups = param_groups_weight_decay(distillation, options.weight_decay, distillation.no_weight_decay())
-        return options.optimizer(groups, lr=options.peak_lr, **more)
-    # timm's "sgd" has Nesterov's momentum, which must not be 0.
-    name = "momentum" if options.optimizer == "sgd" and not options.momentum else options.optimizer
-    return create_optimizer_v2(
-        distillation,
-        opt=name,
-        lr=options.peak_lr,
-        weight_decay=options.weight_decay,
-        momentum=options.momentum,
-        **{**fused_update(options.optimizer, accelerator), **more},
-    )
+def _balanced_sampler(dataset: Any) -> WeightedRandomSampler:
+    """Draw images so that each class comes equally often."""
+    labels = known_labels(dataset)
+    if labels is None:
+        raise ValueError("balanced_sampling=True needs labels that are known without loading each image.")
+    weights = 1 / labels.bincount().double()[labels]
+    return WeightedRandomSampler(weights.tolist(), len(labels))
 
 
-def _make_scheduler(optimizer: Any, options: TrainingOptions, epochs: int, updates: int | None) -> Any:
-    """Make timm's schedule; ``None`` where the number of updates an epoch is unknown."""
+def _make_scheduler(optimizer: Any, options: TrainingOptions, epochs: float, updates: int | None) -> Any:
+    """Make timm's schedule; ``None`` where the number of updates is unknown."""
     from timm.scheduler import create_scheduler_v2
 
+    last = None if options.max_steps is None else options.max_steps // options.gradient_accumulation
+    if updates is None:
+        epochs, updates = 1, last
+    elif last is not None:
+        epochs = min(epochs, last / updates)
     if updates is None:
         return None
     scheduler, _ = create_scheduler_v2(

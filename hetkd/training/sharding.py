@@ -1,6 +1,8 @@
 """Students and teachers that do not fit on one device: sharded over processes, or kept in main memory."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,3 +112,26 @@ def local_part(parameter: Tensor) -> Tensor:
     """Return the part of a parameter that this process holds."""
     to_local: Any = getattr(parameter, "to_local", None)
     return parameter if to_local is None else to_local()
+
+
+@contextmanager
+def synchronised_batchnorm(model: nn.Module, accelerator: Any) -> Iterator[None]:
+    """Let batch norms take their statistics over all processes while the context lasts.
+
+    Raises:
+        ValueError: On a CPU, where PyTorch has no such batch norm.
+    """
+    from timm.layers import convert_sync_batchnorm
+
+    if accelerator.device.type == "cpu":
+        raise ValueError("sync_batchnorm=True works on GPUs only: leave it out.")
+    norms = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)
+    }
+    convert_sync_batchnorm(model)
+    try:
+        yield
+    finally:  # with the same weights and statistics
+        for path, module in norms.items():
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module)

@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -149,3 +150,14 @@ class Signals:
             raise KeyboardInterrupt
         if agreed == "SIGTERM":
             raise SystemExit(128 + signal.SIGTERM)
+
+
+def end_without_traceback(error: BaseException) -> None:
+    """Have the interpreter end without a traceback, and with the usual exit status, if this error ends it."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        if value is not error:
+            before(kind, value, trace)
+
+    sys.excepthook = hook

@@ -88,7 +88,8 @@ def test_many_processes(index, small_world):
 
 
 def test_training_page(small_world):
-    (source,) = snippets("docs/training.md")
+    callbacks, source = snippets("docs/training.md")
+    run(callbacks)
     run(f"{source}\nraw = torch.rand(2, 3, 64, 64)\nspec = distiller.student_inputs.spec\n" + IN_PLAIN_TIMM)
 
 

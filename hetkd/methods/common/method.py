@@ -53,6 +53,7 @@ class Method(nn.Module, ABC):
         logit_term: Name of the loss on logits among the terms.
         pairs: The stage pairs, known after `bind`.
         classes: Number of the student's classes, or ``None`` without a classifier; known before `bind`.
+        class_weights: ``[classes]``, weights in the cross-entropy, or ``None``: all alike.
     """
 
     automatic_stages: ClassVar[int] = 0
@@ -73,6 +74,7 @@ class Method(nn.Module, ABC):
         self.temperature = positive("temperature", temperature)
         self.pairs: tuple[StagePair, ...] | None = None
         self.classes: int | None = None
+        self.class_weights: Tensor | None = None
 
     @property
     def uses_teacher(self) -> bool:
@@ -181,7 +183,7 @@ class Method(nn.Module, ABC):
         """
         terms: dict[str, Tensor] = {}
         if labels is not None and self.ce_weight:
-            terms["ce"] = self.ce_weight * F.cross_entropy(student_logits(student), labels)
+            terms["ce"] = self.ce_weight * F.cross_entropy(student_logits(student), labels, self.class_weights)
         if self.kd_weight:
             terms[self.logit_term] = self.kd_weight * self.logit_loss(student, targets["logits"], labels)
         terms.update(self.feature_terms(student, targets, labels))
