@@ -2,7 +2,8 @@
 
 from hetkd import Distiller
 
-distiller = Distiller("hf:google/vit-base-patch16-224", "timm:resnet18", method="sfkd") print(distiller.plan)
+distiller = Distiller("hf:google/vit-base-patch16-224", "timm:resnet18", method="sfkd")
+print(distiller.plan)
 distiller.fit("imagenet/train", "imagenet/val", epochs=100, output_dir="runs/r18")
 distiller.save_student("resnet18.safetensors")
 """
@@ -11,6 +12,7 @@ from hetkd.deploy import ExportReport, export
 from hetkd.distillation import DistillerOutput
 from hetkd.distiller import Distiller
 from hetkd.features import Adapter, Features, HookAdapter, Stage, StagePair, list_adapters, register_adapter
+from hetkd.finetuning import Finetuned, finetune
 from hetkd.methods import (
     AT,
     CC,
@@ -54,6 +56,7 @@ __all__ = [
     "FeatureMethod",
     "ExportReport",
     "Features",
+    "Finetuned",
     "FitNet",
     "HookAdapter",
     "KD",
@@ -70,6 +73,7 @@ __all__ = [
     "Student",
     "UHKD",
     "export",
+    "finetune",
     "list_adapters",
     "list_methods",
     "list_models",

@@ -5,7 +5,7 @@
     python recipes/compare.py --dataset flowers/ --pixels 128 --methods kd kd+rsd uhkd --budget 120
 
 A pair is TEACHER:STUDENT, each a short name of `hetkd.models.small` or one of timm's. A teacher that is not in
-`--teachers`, where `train_teacher.py` puts them, is trained first.
+`--teachers`, where `research/small_teacher.py` puts them, is trained first.
 Stopped and started again, it goes on where it was. In the output folder:
 `results.jsonl` (one line a run), `table.md`, `gains.png`, `runs/` (students and histories).
 """
@@ -173,7 +173,7 @@ def make_teacher(name: str, data: ImageData, arguments: argparse.Namespace) -> T
 
 
 def train_teacher(name: str, data: ImageData, path: Path, epochs: int) -> None:
-    """Train a teacher on the labels, as `train_teacher.py` does; stopped and started again, it goes on."""
+    """Train a teacher on the labels, as `research/small_teacher.py` does; stopped and started again, it goes on."""
     torch.manual_seed(0)
     model, size = build_small(name, data.pixels, data.classes, data.channels)
     Distiller(None, model.to(memory_format=torch.channels_last), "ce", input_size=size).fit(

@@ -1,158 +1,67 @@
-"""Trains a teacher: any timm model, or a short name of `hetkd.models.small`, on any data set of `hetkd.data`.
+"""Fine-tunes a teacher on your pictures: the classifier first, then all layers.
 
-    python recipes/train_teacher.py --dataset cifar100 --model convnext --epochs 30
-    python recipes/train_teacher.py --dataset cifar100 --model vit_small_patch14_dinov2 --weights-from dino.safetensors
-    python recipes/train_teacher.py --dataset flowers/ --model convnext_tiny --pretrained --pixels 224 --epochs 10
-    python recipes/train_teacher.py --dataset cifar100 --model swin --taught-by runs/teachers/cifar100-....safetensors
+    python recipes/train_teacher.py --model timm:convnext_tiny --dataset photos/
+    python recipes/train_teacher.py --model hf:facebook/dinov2-small --dataset hf:food101 --epochs 3
+    python recipes/train_teacher.py --model timm:tf_efficientnet_lite0 --weights lite0.safetensors --dataset photos/
 
-Stopped and started again, it goes on after its last whole epoch. The weights go to
-`OUTPUT/DATASET-DIGEST-PIXELS-MODEL.safetensors` in half precision, their accuracy on the test images beside them.
+A dataset is a folder with `train/` and `val/`, one folder of images a class each, `hf:NAME` of Hugging Face's hub
+(`pip install datasets`), `cifar100` or `fashion-mnist`. A model is one of timm, Hugging Face (`hf:`) or torchvision,
+with or without a classifier, or a file that hetkd saved. At the end it prints the lines that load the result.
 """
 
 import argparse
-import json
-import math
 from pathlib import Path
 from typing import Any
 
-import kornia.augmentation as K
-import torch
-from torch import nn
+import hetkd
+from hetkd.data import load_images, load_splits
 
-from hetkd import Distiller
-from hetkd.data import ImageData, load_images
-from hetkd.models import build_small, load_weights, save_model
-
-EVALUATED_IMAGES = 1_000  # after each epoch, evenly spread over the test images; all of them at the end
+IN_MEMORY = ("cifar100", "fashion-mnist")
 
 
 def main() -> None:
-    """Train, evaluate, save."""
-    arguments = parse_arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = load_images(arguments.dataset, arguments.pixels or 64).first(arguments.images).to(device)
-    path = teacher_path(arguments.output, data, arguments.model, arguments.pixels)
-    top1 = train_teacher(
-        arguments.model,
-        data,
-        path,
-        pixels=arguments.pixels,
-        epochs=arguments.epochs,
-        pretrained=arguments.weights_from or arguments.pretrained,
-        seed=arguments.seed,
-        taught_by=arguments.taught_by,
-        batch_size=arguments.batch_size,
-        lr=arguments.lr,
-        mixed_precision=arguments.mixed_precision,
-    )
-    print(f"{path}: top-1 {top1:.2f} % on {len(data.test[0]):,} test images")
+    """Open the data, fine-tune, save."""
+    arguments = vars(parse_arguments())
+    train, val, more = open_data(arguments.pop("dataset"))
+    hetkd.finetune(arguments.pop("model"), train, val, **more, **arguments)
 
 
-def teacher_path(folder: Path, data: ImageData, model: str, pixels: int | None = None) -> Path:
-    """Return where the weights of a teacher are, by its data (name and digest), input size and architecture."""
-    name = data.name.replace("/", "_").replace(":", "_")
-    return folder / f"{name}-{data.digest[:8]}-{pixels or data.pixels}px-{model}.safetensors"
-
-
-def train_teacher(
-    model: str,
-    data: ImageData,
-    path: Path,
-    *,
-    pixels: int | None = None,
-    epochs: int,
-    pretrained: bool | Path = False,
-    seed: int = 0,
-    taught_by: Path | None = None,
-    **options: Any,
-) -> float:
-    """Train a model on labels, alone or with a teacher of its own, and save it.
-
-    Args:
-        model: A short name of `hetkd.models.small`, or one of timm's.
-        data: Images and labels.
-        path: Where the weights go; the run's checkpoints are in a folder beside them.
-        pixels: Input size; ``None``: that of the images.
-        epochs: Passes over the training images.
-        pretrained: Start from timm's weights, or from those in this file.
-        seed: Of initial weights, data order and augmentation.
-        taught_by: A teacher that this script saved, for the same images, from which the model learns by UHKD.
-        **options: Of `hetkd.Distiller.fit`.
-
-    Returns:
-        Top-1 on the test images, in percent.
-    """
-    torch.manual_seed(seed)
-    teacher, size = build_small(model, pixels or data.pixels, data.classes, data.channels, pretrained=pretrained)
-    teacher = teacher.to(memory_format=torch.channels_last)  # faster convolutions on CPUs
-    some = slice(None, None, math.ceil(len(data.test[1]) / EVALUATED_IMAGES))
-    _make_distiller(teacher, size, data, taught_by).fit(
-        data.train,
-        (data.test[0][some], data.test[1][some]),
-        epochs=epochs,
-        output_dir=path.with_suffix(""),
-        resume=True,
-        **{
-            "batch_size": 128,
-            "lr": 1e-4 if pretrained else 1e-3,
-            "warmup_epochs": min(2, epochs / 4),
-            "clip_grad": 1.0,
-            "label_smoothing": 0.1,
-            "augment": "light" if data.channels == 3 else K.RandomHorizontalFlip(p=0.5),
-            "seed": seed,
-            **{name: value for name, value in options.items() if value is not None},
-        },
-    )
-    save_model(teacher.half(), path)
-    top1 = Distiller(None, teacher.float(), "ce", input_size=size).evaluate(data.test)["top1"]
-    facts = {"model": model, "dataset": data.name, "pixels": size, "top1": top1}
-    path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-    return top1
-
-
-def _make_distiller(model: nn.Module, size: int, data: ImageData, taught_by: Path | None) -> Distiller:
-    if taught_by is None:
-        return Distiller(None, model, "ce", input_size=size)
-    try:
-        _, pixels, name = taught_by.stem.rsplit("-", 2)  # as `teacher_path` made it
-        teacher, teacher_size = build_small(name, int(pixels.removesuffix("px")), data.classes, data.channels)
-    except ValueError as error:
-        raise ValueError(f"--taught-by {str(taught_by)!r} has no name that this script gives to teachers.") from error
-    load_weights(teacher, taught_by)
-    return Distiller(teacher, model, "uhkd", input_size={"teacher": teacher_size, "student": size})
+def open_data(name: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Return training and validation data, and options that fit them."""
+    if name in IN_MEMORY:
+        data = load_images(name)
+        return data.train, data.test, {"augment": "light"}
+    splits = load_splits(name)
+    return splits.train, splits.val, {}
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line, or ``words``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="fashion-mnist", help="fashion-mnist, cifar100, hf:NAME or a folder")
-    parser.add_argument("--model", default="convnext", help="a short name of hetkd.models.small, or one of timm's")
-    parser.add_argument("--pixels", type=int, help="input size; default: that of the images, 64 for folders")
-    parser.add_argument("--images", type=int, help="use only so many training images, as many of each class")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"])
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--pretrained", action="store_true", help="start from timm's weights")
-    start.add_argument("--weights-from", type=Path, metavar="FILE", help="start from the weights in this file")
-    parser.add_argument(
-        "--taught-by", type=Path, metavar="FILE", help="learn from this teacher too, which this script saved"
+    """Read the command line, or ``words``; an option that is not given is `hetkd.finetune`'s default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/teachers"), metavar="DIR")
-    arguments = parser.parse_args(words)
-    if arguments.weights_from is not None and not arguments.weights_from.is_file():
-        parser.error(f"--weights-from {str(arguments.weights_from)!r} is no file")
-    if arguments.taught_by is not None and not arguments.taught_by.is_file():
-        parser.error(f"--taught-by {str(arguments.taught_by)!r} is no file")
-    if arguments.images is not None and arguments.images < 1:
-        parser.error("--images must be at least 1")
-    return arguments
+    parser.add_argument("--model", required=True, metavar="NAME", help="timm:, hf: or torchvision:, or a file")
+    parser.add_argument("--dataset", required=True, metavar="DATA", help="a folder, hf:NAME, cifar100, fashion-mnist")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="instead of the library's own weights")
+    parser.add_argument("--pixels", type=int, dest="input_size", help="default: the model's, at most 224")
+    parser.add_argument("--epochs", type=int, help="default: at least 5, as many as make 300 steps; 0: the head alone")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float, help="default: by the number of steps")
+    parser.add_argument("--layer-decay", type=float)
+    parser.add_argument("--patience", type=int, help="evaluations without a better one; default: 3")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"])
+    parser.add_argument("--unreadable", choices=["error", "skip"])
+    parser.add_argument("--workers", type=int, dest="num_workers")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")
+    parser.add_argument("--output", type=Path, dest="output_dir", metavar="DIR", help="default: runs/teachers")
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"train_teacher.py: {error}") from error

@@ -33,20 +33,26 @@ def load_weights(model: nn.Module, path: str | Path, *, new_head: int | None = N
     if _shapes(state) != expected:
         state = _fitted_by_timm(model, state)
     if new_head is not None:
-        state = _without_other_head(state, model.state_dict(), new_head)
+        state = _with_new_head(path, state, model.state_dict(), new_head)
     if _shapes(state) != expected:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {_differences(expected, _shapes(state))}")
     model.load_state_dict(state)
 
 
-def _without_other_head(state: dict[str, Tensor], own: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
-    """Return weights with the model's own values where only the number of classes differs."""
+def _with_new_head(path: Path, state: dict[str, Tensor], own: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """Return weights with the model's own head where the file's has other classes or is missing, and say so."""
 
-    def is_head(key: str, x: Tensor) -> bool:
-        new = own.get(key)
-        return new is not None and new.shape != x.shape and new.shape[:1] == (classes,) and new.shape[1:] == x.shape[1:]
+    def is_new(key: str) -> bool:
+        x, old = own[key], state.get(key)
+        return x.shape[:1] == (classes,) and (old is None or (old.shape != x.shape and old.shape[1:] == x.shape[1:]))
 
-    return {key: own[key] if is_head(key, x) else x for key, x in state.items()}
+    new = [key for key in own if is_new(key)]
+    heads = {key.rpartition(".")[0] for key in new}
+    if not new or (len(heads) > 1 and not heads <= {key.rpartition(".")[0] for key in state}):
+        return state
+    before = next((f"of {len(state[key])} classes" for key in new if key in state), "missing")
+    print(f"{path}: the classifier is {before}; the new one, {', '.join(sorted(heads))} of {classes}, is untrained")
+    return {**state, **{key: own[key] for key in new}}
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

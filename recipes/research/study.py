@@ -11,7 +11,7 @@ In `recipes/research`:
     python study.py scarce --seeds 3                              # with labels for a tenth of the images
     python study_report.py                                        # tables and pictures of all that
 
-The teachers are in `assets/teachers`, all but `dinov2_s`, which `train_teacher.py` makes (command: docs/results.md).
+The teachers are in `assets/teachers`, all but `dinov2_s`, which `small_teacher.py` makes (command: docs/results.md).
 
 Protocol, fixed before the methods were compared: CIFAR-100, 50 training images a class, 50 others of the official
 training set for every choice, the official test images for the final tables only; six fixed views (shift and flip) of
@@ -137,12 +137,12 @@ def record(name: str, arguments: argparse.Namespace) -> None:
 
 
 def load_teacher(name: str, folder: Path) -> tuple[nn.Module, int]:
-    """Load a teacher that `train_teacher.py` made, or that comes with this recipe; return its input size too."""
+    """Load a teacher that `small_teacher.py` made, or that comes with this recipe; return its input size too."""
     file = f"cifar100-{teachers_digest()}-{PIXELS[name]}px-{TEACHERS[name]}.safetensors"
     path = next((path for path in (folder / file, COMMITTED / file) if path.exists()), None)
     if path is None:
         raise SystemExit(
-            f"neither {folder} nor {COMMITTED} has {file}: train it by train_teacher.py (docs/results.md), or choose "
+            f"neither {folder} nor {COMMITTED} has {file}: train it by small_teacher.py (docs/results.md), or choose "
             "--pairs. One with another digest learnt from other images, maybe from those to validate on."
         )
     teacher, size = build_small(TEACHERS[name], PIXELS[name], CLASSES, 3)

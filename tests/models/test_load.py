@@ -15,6 +15,7 @@ from transformers_models import HUGGING_FACE, hugging_face
 
 import hetkd
 from hetkd import Distiller, load_model
+from hetkd.models import save_model
 from hetkd.models.inputs import input_spec
 
 
@@ -111,3 +112,18 @@ def test_an_error_of_the_model_itself_is_not_taken_for_the_network(monkeypatch):
     monkeypatch.setattr(timm, "create_model", build)
     with pytest.raises(RuntimeError, match=r"^The size of tensor a"):
         load_model("timm:test_resnet", pretrained=True)
+
+
+@pytest.mark.parametrize("saved", [7, 0])
+def test_a_head_of_another_size_or_none_is_replaced_and_said(saved, tmp_path, capsys):
+    model = tiny_vit(num_classes=saved)
+    save_model(model, tmp_path / "w.safetensors")
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    loaded = load_model("vit_tiny_patch16_224", num_classes=5, weights=tmp_path / "w.safetensors", **options)
+    assert loaded.head.weight.shape == (5, 24)
+    assert torch.equal(loaded.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    said = capsys.readouterr().out
+    assert ("of 7 classes" if saved else "missing") in said
+    assert "head of 5, is untrained" in said
+    with pytest.raises(ValueError, match="does not fit"):
+        load_model("vit_tiny_patch16_224", num_classes=5, weights=tmp_path / "w.safetensors", **{**options, "depth": 5})

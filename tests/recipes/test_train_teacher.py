@@ -1,64 +1,45 @@
-"""Teachers for small images."""
+"""The recipe that fine-tunes a teacher on one's own pictures."""
 
-import copy
-import json
+import sys
 
-import pytest
 import torch
-from running import tiny_data
-from safetensors.torch import load_file
+from conftest import tiny_cnn
+from PIL import Image
+from running import RECIPES, finish
 
-from hetkd import Distiller
-
-
-@pytest.mark.parametrize("name", ["vit", "swin", "mixer", "convnext", "deit", "swin_p", "resmlp", "resnet10t"])
-@pytest.mark.parametrize(("pixels", "channels"), [(28, 1), (32, 3)])
-def test_zoo_models_are_distilled_at_small_sizes(name, pixels, channels):
-    from hetkd import models as zoo
-
-    model, size = zoo.build_small(name, pixels, 7 if channels == 3 else 10, channels)
-    distiller = Distiller(
-        model,
-        "timm:test_resnet" if channels == 3 else copy.deepcopy(model),
-        "sfkd",
-        input_size={"teacher": size, "student": size if channels == 1 else 64},
-    )
-    assert len(distiller.method.pairs) == (2 if name.startswith("swin") else 3)
-    assert distiller(torch.rand(4, channels, pixels, pixels), torch.arange(4)).loss.isfinite()
+import hetkd
+from hetkd.models import save_model
 
 
-def test_train_teacher_goes_on_and_saves_in_half_precision(tmp_path):
-    import train_teacher
-
-    path = train_teacher.teacher_path(tmp_path, tiny_data(), "convnext")
-    options = {"epochs": 2, "batch_size": 16, "progress": False}
-    top1 = train_teacher.train_teacher("convnext", tiny_data(), path, **options)
-    again = train_teacher.train_teacher("convnext", tiny_data(), path, **options)
-    assert again == top1 == json.loads(path.with_suffix(".json").read_text())["top1"]
-    assert all(value.dtype in (torch.float16, torch.int64) for value in load_file(path).values())
-
-
-def test_train_teacher_lets_a_model_learn_from_a_saved_one(tmp_path):
-    import train_teacher
-
-    data, options = tiny_data(), {"epochs": 1, "batch_size": 16, "progress": False}
-    first, second = (train_teacher.teacher_path(tmp_path, data, model) for model in ("convnext", "resnet10t"))
-    train_teacher.train_teacher("convnext", data, first, **options)
-    train_teacher.train_teacher("resnet10t", data, second, taught_by=first, **options)
-    record = json.loads((second.with_suffix("") / "history.json").read_text())[0]
-    assert {"train/ce", "train/kd", "train/uhkd.layer3"} <= set(record)
-    with pytest.raises(ValueError, match=r"student\.safetensors' has no name that this script gives"):
-        train_teacher.train_teacher("resnet10t", data, second, taught_by=tmp_path / "student.safetensors", **options)
-    with pytest.raises(SystemExit):
-        train_teacher.parse_arguments(["--taught-by", str(tmp_path / "none.safetensors")])
+def folder(root, classes=("blue", "red")):
+    for split, count in (("train", 12), ("val", 4)):
+        for number, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                colour = (10 * index, 0, 200) if number == 0 else (200, 0, 10 * index)
+                Image.new("RGB", (40, 32), colour).save(root / split / name / f"{index}.png")
+    return root
 
 
-def test_train_teacher_starts_from_the_dinov2_weights(tmp_path, data_folder):
-    from hetkd import models as zoo
+def recipe(*words, cwd):
+    return finish([sys.executable, str(RECIPES / "train_teacher.py"), *map(str, words)], 200, cwd=cwd)
 
-    weights = next((data_folder / "dinov2_vits14").glob("*.safetensors"))
-    model, size = zoo.build_small("vit_small_patch14_dinov2", 28, 5, 3, pretrained=weights)
-    assert size == 28
-    expected = load_file(weights)["blocks.3.mlp.fc1.weight"].float()
-    torch.testing.assert_close(model.blocks[3].mlp.fc1.weight.detach(), expected)
-    assert model.head.out_features == 5
+
+def test_a_teacher_is_fine_tuned_from_a_file_and_loads_by_its_path(tmp_path):
+    torch.manual_seed(0)
+    save_model(tiny_cnn(num_classes=7), tmp_path / "w.safetensors")
+    data = folder(tmp_path / "photos")
+    common = ("--model", "timm:test_resnet", "--weights", "w.safetensors", "--dataset", data, "--pixels", 32)
+    done = recipe(*common, "--epochs", 1, "--batch-size", 8, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the new classifier alone: top-1 100.00 %" in done.stdout
+    path = tmp_path / "runs" / "teachers" / "test_resnet.safetensors"
+    assert hetkd.load_student(path).predict(data / "val" / "red" / "1.png").label == "red"
+
+
+def test_errors_are_lines_and_no_tracebacks(tmp_path):
+    done = recipe("--model", "timm:test_resnet", "--dataset", tmp_path / "none", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("train_teacher.py: ")
+    assert "needs the folders train/ and val/" in done.stderr
+    assert "Traceback" not in done.stderr
