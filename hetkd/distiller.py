@@ -85,7 +85,7 @@ class Distiller(Distillation):
         Args:
             train: A folder of class folders, a dataset of (image, label), tensors ``(images, labels)``, or a loader of
                 such batches. With ``ce_weight=0`` also without labels: a folder, dataset, tensor or loader of images.
-            val: The same, for `evaluate` after each epoch; ``None`` skips it.
+            val: The same, for `evaluate` after each epoch; ``None`` skips it. Without labels that teach: any images.
             epochs: Passes over the training data; needed unless there is ``max_steps``.
             output_dir: Folder for checkpoints, history and the student; ``None`` writes nothing.
             resume: Continue the run in ``output_dir`` from its newest whole checkpoint, if there is one.
@@ -113,6 +113,7 @@ class Distiller(Distillation):
         views: int = 1,
         top_k: int | None = None,
         maps: bool = False,
+        min_crop: float = 0.08,
         batch_size: int = 128,
         num_workers: int = 0,
         unreadable: str = "error",
@@ -132,6 +133,7 @@ class Distiller(Distillation):
             views: Augmented views of each image.
             top_k: Logits kept an image; the other classes share the rest of the probability. ``None``: all.
             maps: Record the maps of the teacher's stages themselves, and of its last one, in half precision.
+            min_crop: As for `fit`, which then takes it from the cache.
             batch_size: Images a forward of the teacher.
             num_workers: Processes that load images.
             unreadable: As for `fit`.
@@ -151,7 +153,8 @@ class Distiller(Distillation):
         whole_number("top_k", 1 if top_k is None else top_k)
         size, spec = self.loading_size, self.student_inputs.spec
         skip = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
-        dataset = make_dataset(train, what="train", spec=spec, size=size, train=True, seed=seed, skip_unreadable=skip)
+        loading: dict[str, Any] = {"size": size, "spec": spec, "min_crop": min_crop, "seed": seed}
+        dataset = make_dataset(train, what="train", train=True, skip_unreadable=skip, **loading)
         self._move_to_accelerator()
         write_cache(
             self.teachers,
@@ -160,7 +163,7 @@ class Distiller(Distillation):
             views=views,
             top_k=top_k,
             maps=maps,
-            loading={"size": list(size), "interpolation": spec.interpolation},
+            loading={"size": list(size), "interpolation": spec.interpolation, "min_crop": min_crop},
             batch_size=batch_size,
             num_workers=num_workers,
             report=print if progress else lambda line: None,
@@ -191,7 +194,9 @@ class Distiller(Distillation):
 
         Returns:
             ``{"top1", "top5", "loss"}``: accuracies in percent (top 5, or as many classes as there are) and mean
-            cross-entropy.
+            cross-entropy. Where labels do not teach, ``agreement`` with the teacher in percent: the share of images of
+            which both name the same class, or, where no logits are compared, the likeness of the vectors before the
+            classifiers (linear CKA); then labels also yield ``knn``, the top-1 of nearest neighbours.
 
         Raises:
             ValueError: If the model has no classifier, the data no labels, or there is no such teacher.

@@ -227,6 +227,11 @@ class MultiTeacher(Composite):
         """
         raise TypeError("several teachers are encoded by Teachers.encode(images), each by its own part.")
 
+    def describe_targets(self, source: int = 0) -> dict[str, dict[str, Any]]:
+        """Return those of each teacher's part; see `Method.describe_targets`."""
+        of_parts = enumerate(part.describe_targets(number) for number, part in enumerate(self.methods))
+        return {target_name(number, name): x for number, part in of_parts for name, x in part.items()}
+
     @property
     def title(self) -> str:
         """The name of the method, which all teachers have in common."""

@@ -1,38 +1,28 @@
 """Fingerprints of models, method and data: a cache is refused where they differ."""
 
 import hashlib
-import json
 from typing import Any
 
 from torch import Tensor
 
 from hetkd.cache.records import TeacherCache
 from hetkd.data.images import TensorImages, TransformedImages
-from hetkd.methods.common.method import Method
 from hetkd.teachers import Teachers
 
 _CHECKED_SAMPLES = 16
 _WORDS = {
-    "stages": "choice or size of stages",
     "data": "data set or input transform",
     "inputs": "size or normalisation of the images that a teacher sees",
     "samples": "number of images",
 }
-_ONE_FOR_ALL = " (cache_teacher(..., maps=True) makes one for all methods and students)"
-_CURES = {
-    "method": _ONE_FOR_ALL,
-    "stages": _ONE_FOR_ALL,
-    "data": " (a student larger than the one that it was made with needs larger images)",
-}
+_CURES = {"data": " (a student larger than the one that it was made with needs larger images)"}
 
 
 def fingerprints(teachers: Teachers, dataset: TransformedImages) -> dict[str, Any]:
-    """Return what the targets of a cache depend on: images, method, stages, teachers, their input transforms."""
-    pairs = teachers.method.pairs or ()
+    """Return what the targets of a cache depend on: images, teachers, their input transforms, what is made of them."""
     return {
         "samples": len(dataset),
-        "method": encoding_options(teachers.method),
-        "stages": [[str(pair.teacher), str(pair.student)] for pair in pairs],
+        "targets": teachers.method.describe_targets(),
         "teacher": teachers.fingerprints(),
         "inputs": _inputs(teachers),
         "data": fingerprint_data(dataset),
@@ -40,14 +30,14 @@ def fingerprints(teachers: Teachers, dataset: TransformedImages) -> dict[str, An
 
 
 def check_cache(cache: TeacherCache, teachers: Teachers, dataset: TransformedImages) -> None:
-    """Refuse a cache that was made of other data, another transform, teacher or method.
+    """Refuse a cache that was made of other data, another transform or teacher, or that lacks a target.
 
     Raises:
         ValueError: If anything differs; the message says what.
     """
     needed = fingerprints(teachers, dataset)
+    del needed["targets"]
     if cache.holds_features_for(teachers):
-        del needed["method"], needed["stages"]
         for number, tap in enumerate(teachers.taps):
             for stage in tap.names:
                 cache.map_of(number, stage)
@@ -64,6 +54,8 @@ def check_cache(cache: TeacherCache, teachers: Teachers, dataset: TransformedIma
             f"teacher_cache={str(cache.path)!r} was made with kd_weight=0 and holds no logits: use kd_weight=0, or "
             "make a cache with logits."
         )
+    if not cache.holds_features_for(teachers):
+        cache.names_of(teachers.method)
 
 
 def fingerprint_data(dataset: TransformedImages | TensorImages) -> str:
@@ -80,18 +72,6 @@ def image_of(sample: Any) -> Tensor:
     """Return the image of a sample with or without a label."""
     image: Tensor = sample[0] if isinstance(sample, tuple) else sample
     return image
-
-
-def encoding_options(method: Method) -> dict[str, Any]:
-    """Return the options of a method as JSON values, without the weights of its terms, which change no target."""
-    settings = json.loads(json.dumps(method.settings()))
-    parts = [encoding_options(part) for part in getattr(method, "methods", [])]
-    options = {
-        name: value
-        for name, value in settings.items()
-        if name not in ("temperature", "weights", "parts") and not name.endswith(("_weight", "_weights"))
-    }
-    return {**options, "parts": parts} if parts else options
 
 
 def _inputs(teachers: Teachers) -> dict[str, Any]:
@@ -113,5 +93,4 @@ def _difference(before: Any, now: Any) -> str:
             f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]
         ]
         return f" ({', '.join(changed)})"
-    has_names = isinstance(now, list) and bool(now) and isinstance(now[0], list)
-    return f" ({before}, now {now})" if isinstance(now, int) or has_names else ""
+    return f" ({before}, now {now})" if isinstance(now, int) else ""

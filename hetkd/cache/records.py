@@ -14,6 +14,7 @@ from torch import Tensor
 from hetkd.data.seeding import sample_seed
 from hetkd.features.adapter import Features
 from hetkd.methods.common.combined import target_name
+from hetkd.methods.common.method import Method
 from hetkd.models.inputs import InputSpec
 from hetkd.teachers import RecordedTeacher, Teachers
 from hetkd.utils.files import checksum
@@ -120,12 +121,30 @@ class TeacherCache:
         """Turn a batch of records into targets for `hetkd.Method.forward`, in float32."""
         found = self.recorded(records)
         if not self.holds_features_for(teachers):
-            return found
+            return {name: found[cached] for name, cached in self.names_of(teachers.method).items()}
         features = [
             Features(found.get(self.logits_of(number)), tuple(found[self.map_of(number, name)] for name in tap.names))
             for number, tap in enumerate(teachers.taps)
         ]
         return teachers.encode_features(features).targets
+
+    def names_of(self, method: Method) -> dict[str, str]:
+        """Return under which name each target of a method is recorded, whatever method it was recorded for.
+
+        Raises:
+            ValueError: If one is not recorded; the message says what differs.
+        """
+        kept: dict[str, dict[str, Any]] = self.about.get("targets", {})
+        names = {}
+        for name, wanted in method.describe_targets().items():
+            found = [other for other, x in kept.items() if x == json.loads(json.dumps(wanted))]
+            if not found:
+                raise ValueError(
+                    f"teacher_cache={str(self.path)!r} {_lack(wanted, list(kept.values()))}: "
+                    "cache_teacher(..., maps=True) makes one for all methods and students."
+                )
+            names[name] = found[0]
+        return names
 
     def logits_of(self, teacher: int) -> str:
         """Return the name of the logits of a teacher in `recorded`."""
@@ -163,6 +182,18 @@ class TeacherCache:
         top, ids, rest = (records[f"{name}.{part}"] for part in ("top", "ids", "rest"))
         logits = rest.float().unsqueeze(1).repeat(1, self.about["shapes"][name][0])
         return logits.scatter(1, ids.long(), top.float())
+
+
+def _lack(wanted: dict[str, Any], kept: list[dict[str, Any]]) -> str:
+    """Say what a cache has instead of a target."""
+    stage = wanted.get("stage", "the logits")
+    alike = [x for x in kept if x.get("stage") == wanted.get("stage") and x["teacher"] == wanted["teacher"]]
+    if not alike:
+        others = ", ".join(dict.fromkeys(str(x["stage"]) for x in kept if "stage" in x)) or "no stage"
+        return f"holds nothing of stage {stage} (it has {others})"
+    other = alike[0]
+    differences = [f"{k} {other.get(k)!r} instead of {v!r}" for k, v in wanted.items() if other.get(k) != v]
+    return f"holds stage {stage} with {', '.join(differences)}"
 
 
 def is_complete(path: Path) -> bool:

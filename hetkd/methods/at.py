@@ -67,6 +67,10 @@ class AT(FeatureMethod):
         """Return the grid of stage pair ``index``."""
         return "attention on {} x {}".format(*self._grids[index])
 
+    def describe_target(self, index: int) -> dict[str, Any]:
+        """Return the grid, on which alone the teacher's attention depends."""
+        return {"what": "attention", "grid": list(self._grids[index])}
+
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Return the teacher's attention ``[B, h * w]``."""
         return attention(x, self._grids[index])

@@ -50,6 +50,10 @@ class FitNet(FeatureMethod):
         """Return the grid of stage pair ``index``."""
         return "mse on {} x {}".format(*self._grids[index])
 
+    def describe_target(self, index: int) -> dict[str, Any]:
+        """Return the grid, on which alone the teacher's map depends."""
+        return {"what": "map", "grid": list(self._grids[index])}
+
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Return the teacher's map ``[B, C_t, *grid]``."""
         return to_grid(x, self._grids[index])

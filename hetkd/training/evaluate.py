@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hetkd.data.images import TransformedImages, has_labels, make_loader
+from hetkd.data.images import TransformedImages, has_labels, length, make_loader
 from hetkd.data.samples import Keys, images_and_labels
 from hetkd.data.seeding import generators_kept
 from hetkd.data.survey import unreadable as unreadable_among
 from hetkd.distillation import Distillation
 from hetkd.features.hooks import eval_mode
 from hetkd.models.inputs import check_images, check_labels
+from hetkd.training.agreement import measure_agreement
 from hetkd.training.classes import names_of_model
 from hetkd.training.signals import quietly
 from hetkd.utils.checks import choice
@@ -30,25 +31,62 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate the student or a teacher of a distiller on the device where it is; see `hetkd.Distiller.evaluate`."""
     alone, notes = in_role(distillation, role), list[str]()
-    loader = eval_loader(alone, data, batch_size, num_workers, keys, notes, role=role)
+    loader = eval_loader(alone, data, batch_size, num_workers, keys, notes)
     if choice("unreadable", unreadable, ["error", "skip"]) == "skip":
         leave_unreadable_out(loader, notes)
     for note in notes if unreadable == "skip" else []:
         print(note)
     device = next(alone.student.parameters()).device
-    return measure(alone, alone.student, loader, device)
+    return measure_as_taught(alone, alone.student, loader, device)
+
+
+def measure_as_taught(
+    distillation: Distillation, model: nn.Module, loader: Iterable[Any], device: torch.device, accelerator: Any = None
+) -> dict[str, float]:
+    """Measure accuracy, or agreement where labels do not teach; see `measure` and `measure_agreement`."""
+    by = measure if is_measured_by_accuracy(distillation, loader) else measure_agreement
+    return by(distillation, model, loader, device, accelerator)
+
+
+def is_measured_by_accuracy(distillation: Distillation, loader: Iterable[Any]) -> bool:
+    """Say whether a student is measured by its accuracy: it has a classifier that learns, and there are labels.
+
+    Raises:
+        ValueError: If labels teach it, but these data have none.
+    """
+    if not distillation.method.uses_student_logits:
+        return False
+    if _has_labels(loader):
+        return True
+    if distillation.method.ce_weight:
+        raise ValueError(WITHOUT_LABELS)
+    return False
+
+
+def _has_labels(loader: Any) -> bool:
+    known = has_labels(loader)
+    if known is not None:
+        return known
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or not hasattr(dataset, "__getitem__") or not length(dataset):
+        return True  # a stream, which is looked at when it is measured
+    with generators_kept():
+        labelled: bool = images_and_labels(dataset[0])[1] is not None  # type: ignore[index]
+    return labelled
 
 
 def in_role(distillation: Distillation, role: str) -> Distillation:
     """Return the distillation itself for ``"student"``; for a teacher one whose student is that teacher.
 
     Raises:
-        ValueError: If there is no such teacher, or its weights are not here.
+        ValueError: If there is no such teacher, its weights are not here, or it has no classifier.
     """
     if role == "student":
         return distillation
     taps = {tap.role: tap for tap in distillation.teachers.live}
     tap = taps[choice("role", role, ["student", *taps])]
+    if tap.classes is None:
+        raise ValueError(f"the {role} has no classifier, so it has no accuracy.")
     alone = Distillation(None, tap.model, "ce", input_size=tap.size, normalized=distillation.normalization)
     alone.class_names = distillation.class_names
     return alone
@@ -61,8 +99,6 @@ def eval_loader(
     num_workers: int,
     keys: Keys,
     notes: list[str],
-    *,
-    role: str = "student",
 ) -> Iterable[Any]:
     """Make a loader in the order of the data, with every image; labels follow the classes of the training data.
 
@@ -73,15 +109,10 @@ def eval_loader(
         num_workers: Loading processes.
         keys: Where images and labels are in samples that are dicts.
         notes: Gets what to tell the user.
-        role: Of the model, for errors.
 
     Raises:
-        ValueError: If the model has no classifier, or the data no labels.
+        ValueError: If labels teach the student, but the data have none.
     """
-    if distillation.classes is None:
-        raise ValueError(
-            f"the {role} has no classifier to evaluate: leave val out, or give it one with num_classes=..."
-        )
     spec, size = distillation.student_inputs.spec, distillation.student_inputs.size
     loader = make_loader(
         data,
@@ -102,8 +133,7 @@ def eval_loader(
         if names is not None:
             missing = dataset.order_classes(names, "train", "val")
             notes += [f"val has no images of {len(missing)} classes: {', '.join(missing[:10])}"] if missing else []
-    if has_labels(loader) is False:
-        raise ValueError(WITHOUT_LABELS)
+    is_measured_by_accuracy(distillation, loader)
     return loader
 
 
@@ -151,7 +181,7 @@ def measure(
     from torchmetrics import MeanMetric
 
     classes = distillation.classes
-    assert classes is not None, "eval_loader has looked"
+    assert classes is not None, "the method trains a classifier"
     shared_out = isinstance(loader, DataLoader)
     own_share = accelerator is not None and not shared_out
     metrics = _accuracies(classes, device, sync=own_share)
@@ -190,7 +220,8 @@ def look_at_validation(distillation: Distillation, loader: Iterable[Any]) -> Non
         if first is None:
             raise ValueError("val is empty: its loader yields no batch.")
         fetched = dataset.__getitems__(first) if hasattr(dataset, "__getitems__") else [dataset[i] for i in first]
-        _checked(distillation, loader.collate_fn(fetched), first=True)
+        if is_measured_by_accuracy(distillation, loader):
+            _checked(distillation, loader.collate_fn(fetched), first=True)
         if isinstance(dataset, TransformedImages):
             for index in range(0, len(dataset), math.ceil(len(dataset) / _LOOKED_AT)):
                 dataset[index]

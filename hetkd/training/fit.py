@@ -16,11 +16,11 @@ from hetkd.training.accelerator import make_accelerator, own_state_kept
 from hetkd.training.batches import Batch
 from hetkd.training.callbacks import Moment, as_callbacks
 from hetkd.training.checkpoint import RunFolder
-from hetkd.training.evaluate import measure
+from hetkd.training.evaluate import measure_as_taught
 from hetkd.training.frozen import only_used_parameters
 from hetkd.training.options import TrainingOptions
 from hetkd.training.progress import TrainingProgress
-from hetkd.training.run import EpochPart, FitResult, Run
+from hetkd.training.run import EpochPart, FitResult, Run, score
 from hetkd.training.saving import Saver, run_settings
 from hetkd.training.setup import set_up
 from hetkd.training.sharding import share_buffers, synchronised_batchnorm, unsharded_weights
@@ -241,12 +241,12 @@ def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trac
     state.history.append(record)
     if run.val is not None and (run.is_last_epoch or (state.epoch + 1) % run.options.eval_every == 0):
         try:
-            record |= measure(run.distillation, student, run.val, run.device, run.accelerator)
+            record |= measure_as_taught(run.distillation, student, run.val, run.device, run.accelerator)
         except Exception:  # the epoch is trained, whatever is wrong with the validation data
             state.epoch, state.part = state.epoch + 1, EpochPart()
             saver.save_epoch(student, is_best=False)
             raise
-    is_best = run.val is None or record.get("top1", -1.0) > state.best.get("top1", -1.0)
+    is_best = run.val is None or score(record) > score(state.best)
     if is_best:
         state.best, state.best_checkpoint = record, state.steps
     state.epoch, state.part = state.epoch + 1, EpochPart()

@@ -1,5 +1,6 @@
 """A training run: its parts, which are made once, and its state, which is saved and restored."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,21 @@ _NEXT_ORDER = 1_000_003
 """Added to the seed and the number of the epoch after each return: another order of the data, the same in each run."""
 
 
+def score(record: Mapping[str, float]) -> float:
+    """Return what epochs are compared by, of an epoch's record; -1 if it was not evaluated."""
+    return next((record[name] for name in ("top1", "knn", "agreement") if name in record), -1.0)
+
+
 @dataclass
 class FitResult:
     """The result of a training run.
 
     Attributes:
         history: One record an epoch: ``epoch`` (from 1), ``lr``, ``train/TERM`` (mean of each loss term),
-            ``images_per_second``, ``seconds``, and with validation data ``top1``, ``top5``, ``loss``.
-        best: The record with the highest ``top1`` (without validation data: the last one).
+            ``images_per_second``, ``seconds``, and with validation data ``top1``, ``top5``, ``loss``, or, where labels
+            do not teach, ``agreement`` and ``knn``.
+        best: The record with the highest ``top1``, else ``knn``, else ``agreement`` (without validation data: the last
+            one).
         output_dir: The folder with the files of the run, or ``None``.
     """
 
@@ -85,7 +93,7 @@ class RunState:
     def evaluations_since_best(self) -> int:
         """How many evaluations there were after the best one."""
         best = self.best.get("epoch", 0.0)
-        return sum("top1" in record and record["epoch"] > best for record in self.history)
+        return sum(score(record) >= 0 and record["epoch"] > best for record in self.history)
 
     @property
     def order(self) -> int:

@@ -120,7 +120,7 @@ class Saver:
     def save_epoch(self, student: nn.Module, is_best: bool) -> None:
         """Save students, history and a checkpoint after a whole epoch."""
         run = self.run
-        kept = {name: x for name, x in run.state.history[-1].items() if name in ("top1", "top5")}
+        kept = {name: x for name, x in run.state.history[-1].items() if name in ("top1", "top5", "knn", "agreement")}
         run.whole.trained = {"epochs": run.state.epoch, **kept, **run.fingerprints}
         if run.folder is None:
             return

@@ -18,7 +18,12 @@ from hetkd.training.accelerator import prepare, uses_deepspeed
 from hetkd.training.batches import Batches, TargetMaker, shared_out
 from hetkd.training.checkpoint import RunFolder
 from hetkd.training.classes import name_classes
-from hetkd.training.evaluate import eval_loader, leave_unreadable_out, look_at_validation
+from hetkd.training.evaluate import (
+    eval_loader,
+    is_measured_by_accuracy,
+    leave_unreadable_out,
+    look_at_validation,
+)
 from hetkd.training.groups import class_weights, make_optimizer
 from hetkd.training.look import look_at_data, remarks, take_classes, teachers_accuracy
 from hetkd.training.options import TrainingOptions
@@ -48,8 +53,8 @@ def set_up(
     _refuse_presets_on_normalized(options, whole)
     _weigh_classes(whole, options, getattr(train_loader, "dataset", None), accelerator.device)
     mixing = TargetMaker(options, whole.classes)
-    if accelerator.is_fsdp2 and not isinstance(val_loader, DataLoader | None):
-        raise ValueError("val must be data or a DataLoader under FSDP, whose processes evaluate in step.")
+    if accelerator.is_fsdp2 and val_loader is not None:
+        _refuse_under_fsdp(whole, val_loader)
     batches = Batches(train_loader, whole, mixing, options, accelerator, cache)
     epochs = _whole_epochs(epochs, options, batches.count)
     place_teachers(whole.teachers, options.teacher_placement, accelerator)
@@ -125,6 +130,13 @@ def _refuse_presets_on_normalized(options: TrainingOptions, distillation: Distil
         )
 
 
+def _refuse_under_fsdp(distillation: Distillation, val: Iterable[Any]) -> None:
+    if not isinstance(val, DataLoader):
+        raise ValueError("val must be data or a DataLoader under FSDP, whose processes evaluate in step.")
+    if not is_measured_by_accuracy(distillation, val):
+        raise ValueError("without labels that teach, no student is measured under FSDP: leave val out.")
+
+
 def _weigh_classes(distillation: Distillation, options: TrainingOptions, dataset: Any, device: torch.device) -> None:
     weights = class_weights(options, known_labels(dataset), distillation.classes)
     distillation.method.class_weights = None if weights is None else weights.to(device)
@@ -171,8 +183,10 @@ def _train_loader(
         return CachedImages(dataset, cache)
 
     size, spec = distillation.loading_size, distillation.student_inputs.spec
+    min_crop = options.min_crop
     if cache is not None:
         size, spec = cache.loading(size, spec)
+        min_crop = (cache.about.get("loading") or {}).get("min_crop", min_crop)
     return make_loader(
         train,
         what="train",
@@ -184,7 +198,7 @@ def _train_loader(
         seed=options.seed if cache is None else cache.about["seed"],
         skip_unreadable=options.unreadable == "skip",
         keys=options.keys,
-        min_crop=options.min_crop,
+        min_crop=min_crop,
         sampler=_balanced_sampler if options.balanced_sampling else None,
         wrap=None if cache is None else with_cache,
     )

@@ -80,8 +80,9 @@ def test_the_cache_alone_refuses_what_it_does_not_hold(tmp_path, folder):
     make().cache_teacher(folder, tmp_path / "cache", progress=False)
     with pytest.raises(ValueError, match="stage of the cached teacher"):
         Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "sfkd", stages=[("blocks.9", "layer4")], input_size=32)
-    with pytest.raises(ValueError, match=r"made with another method.*maps=True"):
-        Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "uhkd", input_size=32).fit(folder, epochs=1, **QUIET)
+    distiller = Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "uhkd", keep=2, input_size=32)
+    with pytest.raises(ValueError, match=r"holds stage blocks.0 .* with keep 4 instead of 2: .*maps=True"):
+        distiller.fit(folder, epochs=1, **QUIET)
     with pytest.raises(ValueError, match="holds no cache"):
         Distiller("cache:nowhere", tiny_cnn(), "sfkd")
     with pytest.raises(ValueError, match="was made at 32 x 32: leave it out"):
@@ -120,6 +121,23 @@ def test_cached_logits_serve_every_method_on_logits(tmp_path, folder):
 def test_cached_maps_serve_every_method_and_student(tmp_path, folder, method, options):
     make("sfkd").cache_teacher(folder, tmp_path / "maps", maps=True, batch_size=7, progress=False)
     same_as_live(folder, tmp_path / "maps", method, student=tiny_norm_free, **options)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "read"),
+    [("sfkd", "uhkd"), ("uhkd", "sfkd"), ("crd", "rsd"), ("rsd", "rkd"), (["rsd", "sfkd"], "uhkd"), ("sfkd", "kd")],
+)
+def test_methods_read_each_others_targets(tmp_path, folder, recorded, read):
+    make(recorded).cache_teacher(folder, tmp_path / "cache", progress=False)
+    same_as_live(folder, tmp_path / "cache", read)
+
+
+def test_students_of_other_sizes_and_kinds_read_one_cache(tmp_path, folder):
+    make("sfkd").cache_teacher(folder, tmp_path / "cache", progress=False)
+    same_as_live(folder, tmp_path / "cache", "sfkd", student=lambda: tiny_cnn(channels=(8, 16, 24, 32)))
+    same_as_live(folder, tmp_path / "cache", "uhkd", student=tiny_norm_free)
+    with pytest.raises(ValueError, match=r"grid \[2, 2\] instead of \[4, 4\].*maps=True"):
+        same_as_live(folder, tmp_path / "cache", "uhkd", student=lambda: tiny_vit(embed_dim=16, num_heads=2))
 
 
 def test_cached_maps_of_several_teachers(tmp_path, folder):
@@ -197,9 +215,11 @@ def test_what_does_not_fit_is_refused(tmp_path, folder):
     nn.init.zeros_(other_teacher.teacher.head.bias).add_(1)
     with pytest.raises(ValueError, match="another teacher"):
         fit(other_teacher)
-    with pytest.raises(ValueError, match="another method"):
+    with pytest.raises(ValueError, match="keep 4 instead of 1"):
         fit(make(keep=1))
-    with pytest.raises(ValueError, match="another choice or size of stages"):
+    with pytest.raises(ValueError, match=r"with what 'low frequencies' instead of 'map'"):
+        fit(make("fitnet", stages=[0]))
+    with pytest.raises(ValueError, match=r"holds nothing of stage blocks\.3 .* \(it has blocks\.0"):
         fit(make(stages=[-1]))
     with pytest.raises(ValueError, match="another number of images"):
         fit(make(), (torch.rand(8, 3, 32, 32), torch.arange(8)))
@@ -213,7 +233,7 @@ def test_what_does_not_fit_is_refused(tmp_path, folder):
     with pytest.raises(ValueError, match="holds no cache"):
         make().fit(folder, epochs=1, teacher_cache=tmp_path / "nowhere", **QUIET)
     with pytest.raises(ValueError, match="holds another cache"):
-        make("uhkd").cache_teacher(folder, path, progress=False)
+        make("uhkd", keep=2).cache_teacher(folder, path, progress=False)
     with pytest.raises(ValueError, match="uses no teacher"):
         make("ce").cache_teacher(folder, path, progress=False)
     fit(make(feature_weight=3.0, kd_weight=0.5))  # weights change no target
@@ -225,7 +245,7 @@ def test_what_does_not_fit_is_refused(tmp_path, folder):
         fit(make())
     distiller.cache_teacher(folder, path, progress=False)  # repairs it
     fit(make())
-    with pytest.raises(ValueError, match="another choice or size of stages"):
+    with pytest.raises(ValueError, match="another data set or input transform"):
         Distiller(make().teacher, tiny_cnn(), "sfkd", input_size={"teacher": 32, "student": 64}).fit(
             folder, epochs=1, batch_size=8, teacher_cache=path, **QUIET
         )

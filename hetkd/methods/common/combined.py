@@ -217,6 +217,13 @@ class Combined(Composite):
             targets |= {target_name(number, name): x for name, x in encoded.items()}
         return targets
 
+    def describe_targets(self, source: int = 0) -> dict[str, dict[str, Any]]:
+        """Return those of all parts; see `Method.describe_targets`."""
+        logits = {"logits": {"teacher": source, "what": "logits"}} if self.uses_teacher_logits else {}
+        of_parts = enumerate(part.describe_targets(source) for part in self.methods)
+        stages = {target_name(n, name): x for n, part in of_parts for name, x in part.items() if name != "logits"}
+        return {**logits, **stages}
+
     def _targets_of(self, number: int, targets: Targets) -> Targets:
         shared = {"logits": targets["logits"]} if "logits" in targets else {}
         return shared | super()._targets_of(number, targets)

@@ -103,6 +103,16 @@ class LowFrequencyMethod(FeatureMethod):
         (height, width), keep = self._grids[index], self._keeps[index]
         return f"{height} x {width}, {keep} x {keep} frequencies"
 
+    def describe_target(self, index: int) -> dict[str, Any]:
+        """Return grid, waves and channels: SFKD and UHKD have the same targets where these are the same."""
+        return {
+            "what": "low frequencies",
+            "grid": list(self._grids[index]),
+            "keep": self._keeps[index],
+            "width": self.width,
+            "reduction": self.reduction,
+        }
+
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Return the teacher's coefficients ``[B, N, D]``."""
         return cast(Tensor, self.reduce[index](self.teacher_view[index](x)))

@@ -169,6 +169,28 @@ class Method(nn.Module, ABC):
         """Turn the teacher's map ``[B, C_t, h, w]`` (float32, autocast off) of a stage pair into its target."""
         return x
 
+    def describe_targets(self, source: int = 0) -> dict[str, dict[str, Any]]:
+        """Return what each target of `encode` is made of, as JSON values: targets alike in this are the same.
+
+        Args:
+            source: Number of the teacher, of several.
+        """
+        logits = {"logits": {"teacher": source, "what": "logits"}} if self.uses_teacher_logits else {}
+        stages = {
+            f"stage{index}": {"teacher": source, "stage": str(pair.teacher), **self.describe_target(index)}
+            for index, pair in enumerate(self.pairs or () if self.teacher_stages() else ())
+        }
+        return {**logits, **stages}
+
+    def describe_target(self, index: int) -> dict[str, Any]:
+        """Return what `encode_stage` makes of the map of stage pair ``index``; by default what this method does."""
+        options = {
+            name: value
+            for name, value in self.settings().items()
+            if name != "temperature" and not name.endswith(("_weight", "_weights"))
+        }
+        return {"what": options.pop("name"), **options, "student": str((self.pairs or ())[index].student)}
+
     def forward(self, student: Features, targets: Targets, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Compute the named, weighted terms of the loss.
 

@@ -159,6 +159,10 @@ class PooledMethod(FeatureMethod):
         """Return the pair of vectors before both classifiers; see `Method.automatic_pairs`."""
         return [] if pooled is None else [pooled]
 
+    def describe_target(self, index: int) -> dict[str, Any]:
+        """Return that it is the mean, which is the same for all methods of this kind."""
+        return {"what": "mean"}
+
     def encode_stage(self, index: int, x: Tensor) -> Tensor:
         """Return the mean ``[B, C_t]`` over the map."""
         return x.mean((2, 3))

@@ -110,6 +110,11 @@ class SFKD(LowFrequencyMethod):
         grid = self._grids[index]
         return torch.eye(grid[0] * grid[1]).unflatten(1, grid)
 
+    def describe_target(self, index: int) -> dict[str, Any]:
+        """Return what `LowFrequencyMethod` does, or for the other losses that pixels are compared."""
+        found = super().describe_target(index)
+        return found if self.loss == "gffl" else {**found, "what": "pixels", "keep": None}
+
     def levels_of(self, pair: StagePair) -> int:
         """Return J for a stage pair; without DS2S there is no wavelet transform."""
         if self.ds2s is None:
