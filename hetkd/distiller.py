@@ -10,7 +10,7 @@ import torch
 from hetkd.data.samples import Keys
 from hetkd.distillation import Distillation
 from hetkd.models.weights import save_described
-from hetkd.utils.checks import choice, whole_number
+from hetkd.utils.checks import choice
 
 if TYPE_CHECKING:
     from hetkd.training.check import DataCheck
@@ -123,9 +123,8 @@ class Distiller(Distillation):
         """Run the teacher once over ``views`` augmented views of each training image, and record its answers.
 
         ``fit(train, teacher_cache=path)`` then trains without running the teacher. Seed, view and image number decide
-        each augmentation, and epoch e uses view e modulo ``views``. Stopped and called again, it goes on. A method on
-        logits records logits, and its cache serves every method on logits. A feature method records its own targets,
-        which are small; with ``maps=True`` the teacher's maps, for every method and student.
+        each augmentation; epoch e uses view e modulo ``views``. Stopped and called again, it goes on. Logits serve every
+        method on logits, low frequencies ``sfkd`` and ``uhkd``, maps (``maps=True``) every method and student.
 
         Args:
             train: As for `fit`, but no loader.
@@ -149,12 +148,10 @@ class Distiller(Distillation):
 
         if not self.teachers.taps:
             raise ValueError(f"{self.method.title} uses no teacher, so there is nothing to cache.")
-        whole_number("views", views)
-        whole_number("top_k", 1 if top_k is None else top_k)
         size, spec = self.loading_size, self.student_inputs.spec
-        skip = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
-        loading: dict[str, Any] = {"size": size, "spec": spec, "min_crop": min_crop, "seed": seed}
-        dataset = make_dataset(train, what="train", train=True, skip_unreadable=skip, **loading)
+        kept: dict[str, Any] = {"size": size, "spec": spec, "min_crop": min_crop, "seed": seed}
+        kept["skip_unreadable"] = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
+        dataset = make_dataset(train, what="train", train=True, **kept)
         self._move_to_accelerator()
         write_cache(
             self.teachers,

@@ -36,6 +36,7 @@ from hetkd.methods.common.method import Method
 from hetkd.methods.common.statistics import ChannelReduction
 from hetkd.models.inputs import check_images
 from hetkd.teachers import RecordedTeacher, Teachers
+from hetkd.utils.checks import whole_number
 from hetkd.utils.files import with_prefix, write_atomically, write_json
 
 Report = Callable[[str], None]
@@ -58,6 +59,8 @@ def write_cache(
 
     Of several processes the first one does it, and the others wait.
     """
+    whole_number("views", views)
+    whole_number("top_k", 1 if top_k is None else top_k)
     if int(os.environ.get("RANK", "0")):
         while not is_complete(path):
             time.sleep(1)
