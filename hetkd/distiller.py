@@ -123,8 +123,8 @@ class Distiller(Distillation):
         """Run the teacher once over ``views`` augmented views of each training image, and record its answers.
 
         ``fit(train, teacher_cache=path)`` then trains without running the teacher. Seed, view and image number decide
-        each augmentation; epoch e uses view e modulo ``views``. Stopped and called again, it goes on. Logits serve every
-        method on logits, low frequencies ``sfkd`` and ``uhkd``, maps (``maps=True``) every method and student.
+        each augmentation; epoch e uses view e modulo ``views``. Stopped and called again, it goes on. Logits then serve
+        every method on logits, low frequencies ``sfkd`` and ``uhkd``, maps (``maps=True``) every method and student.
 
         Args:
             train: As for `fit`, but no loader.
