@@ -37,6 +37,7 @@ from hetkd.methods import (
     register_method,
 )
 from hetkd.models import list_models, load_model
+from hetkd.speed import Speed, bench
 from hetkd.student import Prediction, Student, load_student
 
 __version__ = "0.1.0"
@@ -67,11 +68,13 @@ __all__ = [
     "RKD",
     "RSD",
     "SFKD",
+    "Speed",
     "Stage",
     "StagePair",
     "StagewiseMethod",
     "Student",
     "UHKD",
+    "bench",
     "export",
     "finetune",
     "list_adapters",

@@ -1,9 +1,12 @@
 """The Python API from a shell: every flag is an option of the function of that name.
 
+python -m hetkd finetune timm:convnext_tiny photos/train photos/val
+python -m hetkd check runs/teachers/convnext_tiny.safetensors timm:resnet18 photos/train photos/val
 python -m hetkd distil hf:google/vit-base-patch16-224 timm:resnet18 photos/train photos/val --epochs 30
 python -m hetkd evaluate runs/r18/best.safetensors photos/val
 python -m hetkd predict runs/r18/best.safetensors photo.jpg
 python -m hetkd export runs/r18/best.safetensors r18.onnx --images photos/val --int8
+python -m hetkd bench runs/r18/best.safetensors
 python -m hetkd models "timm:*mobile*"
 """
 
@@ -18,9 +21,11 @@ from typing import Any
 
 from hetkd.deploy import export
 from hetkd.distiller import Distiller
+from hetkd.finetuning import finetune
 from hetkd.methods import list_methods
 from hetkd.methods.common.method import methods
 from hetkd.models.load import list_models
+from hetkd.speed import bench
 from hetkd.student import load_student
 from hetkd.training.options import TrainingOptions
 
@@ -31,15 +36,15 @@ _SHOWN = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit status; ``words`` stand for the command line."""
     arguments = vars(_parser(list(sys.argv[1:] if words is None else words)).parse_args(words))
-    run: Callable[..., None] = arguments.pop("run")
+    run: Callable[..., int | None] = arguments.pop("run")
     try:
-        run(**arguments)
+        status = run(**arguments)
     except _SHOWN as error:
         print(f"hetkd: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def distil(teacher: str, student: str, train: str, val: str | None, method: str, **options: Any) -> None:
@@ -52,6 +57,13 @@ def distil(teacher: str, student: str, train: str, val: str | None, method: str,
     result = distiller.fit(train, val, **for_fit)
     if result.output_dir is not None:
         print(f"{result.output_dir}/best.safetensors: python -m hetkd predict, export or evaluate it")
+
+
+def check(teacher: str, student: str, train: str, val: str | None, method: str, **options: Any) -> int:
+    """Look at data and models before training; the exit status is 1 if there is a problem."""
+    of_check = _signature(Distiller.check)
+    for_check = {name: options.pop(name) for name in list(options) if name in of_check}
+    return int(bool(Distiller(teacher, student, method, **options).check(train, val, **for_check).problems))
 
 
 def evaluate(student: str, data: str, **options: Any) -> None:
@@ -72,6 +84,14 @@ def predict(student: str, images: list[str], top: int) -> None:
             print(one.image, *(f"{label} {100 * probability:.1f} %" for label, probability in one.top), sep="  ")
 
 
+def _finetune(model: str, train: str, val: str | None, **options: Any) -> None:
+    finetune(model, train, val, **options)
+
+
+def _bench(model: str, **options: Any) -> None:
+    print(bench(model, **options))
+
+
 def _export(student: str, path: str, **options: Any) -> None:
     print(export(student, path, **options))
 
@@ -85,21 +105,35 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hetkd", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[..., None], words: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[..., int | None], words: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=words, description=words)
         made.set_defaults(run=run)
         return made
 
-    one = command("distil", distil, "train a student by a teacher")
-    for name in ("teacher", "student", "train"):
-        one.add_argument(name)
-    one.add_argument("val", nargs="?")
-    one.add_argument("--method", default="sfkd", choices=list_methods())
     method = next((b for a, b in pairwise(words) if a == "--method" and b in methods.names()), "sfkd")
-    _add_options(one, Distiller.fit, ("train", "val", "options"))
+    for name, run, described in (
+        ("check", check, "look at data and models before training"),
+        ("distil", distil, "train a student by a teacher"),
+    ):
+        one = command(name, run, described)
+        for argument in ("teacher", "student", "train"):
+            one.add_argument(argument)
+        one.add_argument("val", nargs="?")
+        one.add_argument("--method", default="sfkd", choices=list_methods())
+        if name == "check":
+            _add_options(one, Distiller.check, ("train", "val"))
+        else:
+            _add_options(one, Distiller.fit, ("train", "val", "options"))
+            _add_options(one, TrainingOptions, ("callbacks",))
+        _add_options(one, Distiller, ("teacher", "student", "method", "method_options"))
+        _add_options(one, methods[method])
+
+    one = command("finetune", _finetune, "fine-tune a teacher on your own classes")
+    for argument in ("model", "train"):
+        one.add_argument(argument)
+    one.add_argument("val", nargs="?")
+    _add_options(one, finetune, ("model", "train", "val", "options"))
     _add_options(one, TrainingOptions, ("callbacks",))
-    _add_options(one, Distiller, ("teacher", "student", "method", "method_options"))
-    _add_options(one, methods[method])
 
     one = command("evaluate", evaluate, "measure a saved student")
     one.add_argument("student", help="FILE.safetensors, or a directory of a Hugging Face model")
@@ -115,6 +149,10 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     one.add_argument("student", help="FILE.safetensors, or a directory of a Hugging Face model")
     one.add_argument("path", help="FILE.onnx or FILE.pt2")
     _add_options(one, export, ("student", "path"))
+
+    one = command("bench", _bench, "measure size and speed of a model on this machine")
+    one.add_argument("model", help="FILE.safetensors, a directory of a Hugging Face model, or a name")
+    _add_options(one, bench, ("model",))
 
     one = command("models", _models, "list the names of models")
     one.add_argument("pattern", nargs="?", default="*", help="with * and ?, as in 'timm:*mobile*'")

@@ -17,7 +17,7 @@ LAYERS = [
     ("hetkd.distillation",),
     ("hetkd.training",),
     ("hetkd.distiller", "hetkd.student"),
-    ("hetkd.deploy", "hetkd.finetuning"),
+    ("hetkd.deploy", "hetkd.finetuning", "hetkd.speed"),
     ("hetkd", "hetkd.__main__"),
     ("recipes",),
 ]

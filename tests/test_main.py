@@ -52,6 +52,24 @@ def test_from_folders_to_names(world, capsys):
     assert capsys.readouterr().out == "timm:test_resnet\n"
 
 
+def test_from_a_model_of_other_classes_to_a_checked_teacher(world, capsys):
+    model = load_model("timm:test_vit", pretrained=False, num_classes=5, img_size=32)
+    Distiller(None, model, "ce").save_student("other.safetensors")
+    words = ["--epochs", "0", "--batch-size", "4", "--cpu", "--no-progress"]
+    assert main(["finetune", "other.safetensors", "train", "val", *words]) == 0
+    assert "top-1 100.00 %" in capsys.readouterr().out
+    teacher = "runs/teachers/test_vit.safetensors"
+    assert main(["check", teacher, "test_resnet", "train", "val", "--method", "kd"]) == 0
+    out = capsys.readouterr().out
+    assert "the teacher is right on 100.0 %" in out
+    assert "no problem found" in out
+    (world / "train" / "dark" / "0.png").write_bytes(b"no picture")
+    assert main(["check", teacher, "test_resnet", "train", "val", "--method", "kd"]) == 1
+    assert "PROBLEM: 1 images of train cannot be read" in capsys.readouterr().out
+    assert main(["bench", teacher, "--batch-size", "2"]) == 0
+    assert "images/s in batches of 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
