@@ -1,8 +1,10 @@
 """How large and how fast a model is, on this machine."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,8 +86,8 @@ def bench(model: str | Path | nn.Module | Student | Distillation, *, batch_size:
         megabytes=sum(p.numel() * p.element_size() for p in parameters) / 1e6,
         gigaflops=counter.get_total_flops() / 1e9,
         size=tap.size,
-        milliseconds=1000 * _seconds(network, example[:1]),
-        images_per_second=batch_size / _seconds(network, example),
+        milliseconds=1000 * seconds(network, example[:1]),
+        images_per_second=batch_size / seconds(network, example),
         batch_size=batch_size,
         device=tap.device.type,
         threads=torch.get_num_threads(),
@@ -104,8 +106,8 @@ def _distillation_of(model: str | Path | nn.Module | Student | Distillation) -> 
     return Distillation(None, load_model(model, pretrained=False), "ce", ce_weight=0)
 
 
-def _seconds(network: nn.Module, images: torch.Tensor) -> float:
-    """Return the median time of a forward, after one to warm up."""
+def seconds(network: Callable[[torch.Tensor], Any], images: torch.Tensor) -> float:
+    """Return the median time of a forward in seconds, after one to warm up."""
     taken: list[float] = []
     network(images)
     start = time.perf_counter()

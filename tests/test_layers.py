@@ -17,7 +17,8 @@ LAYERS = [
     ("hetkd.distillation",),
     ("hetkd.training",),
     ("hetkd.distiller", "hetkd.student"),
-    ("hetkd.deploy", "hetkd.finetuning", "hetkd.speed"),
+    ("hetkd.speed",),
+    ("hetkd.deploy", "hetkd.finetuning"),
     ("hetkd", "hetkd.__main__"),
     ("recipes",),
 ]

@@ -86,13 +86,14 @@ def unreadable(dataset: TransformedImages, indices: Iterable[int]) -> list[int]:
         return [index for index, bad in zip(listed, pool.map(is_bad, listed), strict=True) if bad]
 
 
-def spread(count: int, most: int) -> range:
+def spread(count: int, most: int) -> list[int]:
     """Return at most so many numbers, evenly spread over ``range(count)``.
 
-    >>> list(spread(10, 4))
-    [0, 3, 6, 9]
+    >>> spread(10, 4)
+    [0, 2, 5, 7]
     """
-    return range(0, count, max(1, -(-count // most)))
+    wanted = min(count, most)
+    return [number * count // wanted for number in range(wanted)]
 
 
 def _median_size(dataset: Split) -> tuple[int, int]:

@@ -142,7 +142,7 @@ def _labelled(alone: Distillation, data: Any, what: str) -> Iterator[tuple[Tenso
 
 
 def _some(alone: Distillation, dataset: TransformedImages | TensorImages) -> Iterable[Any]:
-    order = torch.tensor(list(spread(len(dataset), _MEASURED)))
+    order = torch.tensor(spread(len(dataset), _MEASURED))
     order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]  # time may be up early
     if isinstance(dataset, TensorImages):
         yield from (dataset[part.tolist()] for part in order.split(_BATCH))
