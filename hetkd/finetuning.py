@@ -41,7 +41,7 @@ _DEFAULTS: dict[str, Any] = {
     "label_smoothing": 0.1,
     "min_crop": 0.35,
 }
-_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_DECAYS, _AS_GOOD = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 0.01
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,9 @@ def fit_classifier(distiller: Distillation, train: Any, keys: Keys, *, batch_siz
         (_right(logistic_regression(x[known], y[known], classes or 0, decay), x[asked], y[asked]), decay)
         for decay in _DECAYS
     ]
-    weight, bias = logistic_regression(x, y, classes or 0, max(scores)[1])
+    best = max(score for score, _ in scores)
+    decay = max(decay for score, decay in scores if score >= best - _AS_GOOD)  # small weights leave room to learn
+    weight, bias = logistic_regression(x, y, classes or 0, decay)
     with torch.no_grad():
         layer.weight.copy_(weight)
         if layer.bias is not None:

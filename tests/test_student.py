@@ -183,3 +183,14 @@ def test_a_run_says_in_its_students_how_they_were_made(tmp_path):
     assert made["method"]["kd_weight"] == 1.0
     assert made["train_images"] == 16
     assert load_student(tmp_path / "run" / "best.safetensors").size == (32, 32)
+
+
+def test_a_card_says_what_the_student_is(tmp_path):
+    distiller = Distiller(None, tiny_cnn(num_classes=4), "ce", input_size=32)
+    distiller.class_names = NAMES
+    distiller.trained = {"epochs": 3, "top1": 81.25, "top5": 100.0, "train_images": 120}
+    distiller.save_student(tmp_path / "student.safetensors")
+    card = (tmp_path / "student.md").read_text()
+    assert card.startswith("---\ntags: [image-classification, timm, hetkd]\nlibrary_name: timm\n")
+    for row in ("| classes | 4: ash, birch, cedar, elm |", "| validation top-1 / top-5, % | 81.25 / 100.00 |"):
+        assert row in card

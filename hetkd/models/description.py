@@ -74,6 +74,26 @@ class Description:
             "hetkd": self.made,
         }
 
+    def card(self) -> str:
+        """Return a model card in Markdown, with the front matter that Hugging Face's hub reads."""
+        library = "transformers" if self.name == "hf:" else (self.name or "").partition(":")[0] or "pytorch"
+        made = self.made
+        classes = self.classes or []
+        rows = {
+            "architecture": self.options.get("class") or (self.name or "").rpartition(":")[2],
+            "input": f"{self.size[1]} x {self.size[0]} pixels, mean {_numbers(self.mean)}, std {_numbers(self.std)}",
+            "classes": f"{len(classes)}: {', '.join(classes[:20])}{', ...' * (len(classes) > 20)}" if classes else "",
+            "how it was made": made.get("plan") or ("fine-tuned" if "finetuned" in made else ""),
+            "epochs": made.get("epochs"),
+            "training images": made.get("train_images"),
+            "validation top-1 / top-5, %": _accuracies(made),
+            "hetkd": made.get("hetkd"),
+        }
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
+        front = [f"tags: [image-classification, {library}, hetkd]", f"library_name: {library}"]
+        front.append("pipeline_tag: image-classification")
+        return "---\n" + "\n".join(front) + f"\n---\n# {rows['architecture']}\n\n| | |\n|---|---|\n{table}\n"
+
     def image_processor(self) -> dict[str, Any]:
         """Return the same as Hugging Face's ``preprocessor_config.json``."""
         height, width = self.size
@@ -96,6 +116,14 @@ class Description:
     def to_json(self) -> str:
         """Return it as JSON."""
         return json.dumps(asdict(self), default=str)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def _accuracies(made: dict[str, Any]) -> str:
+    return " / ".join(f"{made[name]:.2f}" for name in ("top1", "top5") if isinstance(made.get(name), float))
 
 
 def describe(

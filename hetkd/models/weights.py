@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hetkd.models.description import KEY, Description, describe
 from hetkd.models.wrappers import architecture_name, unwrap
-from hetkd.utils.files import write_atomically, write_json
+from hetkd.utils.files import write_atomically, write_json, write_text
 
 
 def load_weights(model: nn.Module, path: str | Path, *, new_head: int | None = None) -> None:
@@ -124,6 +124,7 @@ def save_model(model: Any, path: str | Path, description: Description | None = N
             raise ValueError(f"path={str(path)!r} must end in '.safetensors'.")
         model.save_pretrained(path)
         write_json(path / "preprocessor_config.json", description.image_processor())
+        write_text(path / "README.md", description.card())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "architecture": architecture_name(model), KEY: description.to_json()}
@@ -132,11 +133,15 @@ def save_model(model: Any, path: str | Path, description: Description | None = N
 
 
 def save_described(model: Any, path: str | Path, description: Description) -> None:
-    """Save a model as `save_model` does, and beside a file ``FILE.json``: timm's ``config.json`` for it."""
+    """Save a model as `save_model` does, and beside a file its ``config.json`` for timm and a model card.
+
+    Beside ``FILE.safetensors`` they are ``FILE.json`` and ``FILE.md``.
+    """
     save_model(model, path, description)
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":
         write_json(path.with_suffix(".json"), description.timm_configuration())
+        write_text(path.with_suffix(".md"), description.card())
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -1,5 +1,7 @@
 """The output folder of a run: students, history, and checkpoints that are whole or not there."""
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -124,8 +126,11 @@ class RunFolder:
         """Write the history so far, as JSON and as a table."""
         write_json(self.path / HISTORY, history)
         columns = list(dict.fromkeys(name for record in history for name in record))
-        rows = [",".join(str(record.get(name, "")) for name in columns) for record in history]
-        write_text(self.path / "history.csv", "\n".join([",".join(columns), *rows]) + "\n")
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_text(self.path / "history.csv", table.getvalue())
 
     def load_settings(self) -> dict[str, Any] | None:
         """Return the settings of the run in this folder, or ``None`` if there is none yet."""

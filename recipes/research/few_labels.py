@@ -5,8 +5,8 @@
 
 The teacher is EfficientNet-Lite0 with ImageNet's weights, which never saw CIFAR-100's labels. 20 classes of CIFAR-100
 have 250 images each without labels, and 5, 20 or 100 with. A small CNN learns from the labelled images alone, or first
-from all images and the teacher's features, and then from the labelled ones, 600 steps each. Accuracy is measured on the official test
-images of the 20 classes. A run that is in the output file is not run again.
+from all images and the teacher's features, and then from the labelled ones, 600 steps each. Accuracy is measured on
+the official test images of the 20 classes. A run that is in the output file is not run again.
 """
 
 import argparse
