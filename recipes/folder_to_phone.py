@@ -95,7 +95,7 @@ def training(arguments: argparse.Namespace) -> dict[str, Any]:
         "batch_size": 32,
         "lr": 2e-3,
         "warmup_epochs": min(2, arguments.epochs / 4),
-        "min_crop": 0.35,
+        "min_crop": 0.7 if arguments.photos is None else 0.35,  # garments fill their pictures
         "num_workers": arguments.workers,
     }
 
@@ -154,7 +154,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrained-student", action="store_true", help="start from its library's weights")
     parser.add_argument("--pixels", type=int, help="input size of the student; default: 56 for the embedded images")
     parser.add_argument("--method", default="uhkd", choices=hetkd.list_methods())
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/folder_to_phone"), metavar="DIR")
     arguments = parser.parse_args(words)

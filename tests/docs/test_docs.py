@@ -45,6 +45,25 @@ def run(source: str) -> None:
     exec(compile(source, "snippet", "exec"), {})
 
 
+@pytest.mark.filterwarnings("ignore:.*names another class than PyTorch")  # of a student of one epoch
+def test_guide_of_your_photos(small_world, capsys):
+    way, by_onnxruntime = snippets("docs/guides/your-photos.md")
+    assert len([line for line in way.splitlines() if line and "import" not in line]) <= 10
+    small = 'hetkd.load_model("timm:test_vit", pretrained=False, num_classes=7)'
+    way = way.replace('"timm:convnext_tiny"', small).replace("mobilenetv3_small_100", "test_resnet")
+    run(way.replace('"photos/val")\ndistiller =', '"photos/val", epochs=0)\ndistiller ='))
+    run(by_onnxruntime)
+    out = capsys.readouterr().out
+    assert "train: 16 images, 80 x 60 pixels (median), 2 classes, 8 each" in out
+    assert out.splitlines()[-1] in ("a", "b")
+
+
+def test_guide_without_labels(small_world, capsys):
+    (source,) = snippets("docs/guides/without-labels.md")
+    run(source.replace("photos/unlabelled", "photos/train/a").replace("photos/few", "photos/train"))
+    assert "nearest neighbours' top-1" in capsys.readouterr().out
+
+
 def test_readme_has_snippets():
     assert len(snippets("README.md")) >= 3
 
