@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from hetkd.data.classes import match
 from hetkd.data.images import TensorImages, TransformedImages, image_transform
 from hetkd.data.samples import images_and_labels
 from hetkd.data.seeding import generators_kept
 from hetkd.data.survey import Survey, spread, survey
 from hetkd.distillation import Distillation
 from hetkd.features.tap import Tap
+from hetkd.models.labels import model_labels
 from hetkd.training.evaluate import in_role
 
 _MEASURED, _BATCH, _SECONDS = 512, 32, 10.0
@@ -91,6 +93,9 @@ def teachers_accuracy(distillation: Distillation, data: Any, what: str) -> tuple
 
     Warns:
         RuntimeWarning: If a teacher is no better than chance, or other numbers for its classes fit much better.
+
+    Raises:
+        ValueError: If it also has names for its classes, and none of the data's is among them.
     """
     notes, found = [], {}
     for tap in distillation.teachers.live:
@@ -106,8 +111,22 @@ def teachers_accuracy(distillation: Distillation, data: Any, what: str) -> tuple
         notes.append(f"the {tap.role} is right on {found[tap.role]:.1f} % of {seen:,} {kind} images")
         problem = _problem(tap, predicted, labels)
         if problem:
+            _refuse_strange_classes(distillation, tap, found[tap.role])
             warnings.warn(f"{notes[-1]}, {problem}", RuntimeWarning, stacklevel=2)
     return notes, found
+
+
+def _refuse_strange_classes(distillation: Distillation, tap: Tap, top1: float) -> None:
+    """Refuse a teacher that answers wrongly, and has a name for each of its classes but none of the data's."""
+    names, labels = distillation.class_names, model_labels(tap.model, tap.classes)
+    if names is None or labels is None or all(name.isdigit() for name in names):
+        return
+    if not any(number is not None for number in match(names, labels.names)):
+        raise ValueError(
+            f"the {tap.role} is right on {top1:.1f} % of the images, and none of the data's classes "
+            f"({', '.join(names[:3])}, ...) is among its {len(labels.names):,} ({labels.names[0][-1]}, ...): its "
+            "logits say nothing of them. Fine-tune it, hetkd.finetune(...), or use its features alone, kd_weight=0."
+        )
 
 
 def _answers(distillation: Distillation, tap: Tap, data: Any, what: str) -> tuple[Tensor, Tensor] | None:

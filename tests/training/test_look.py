@@ -134,6 +134,14 @@ def test_a_teacher_whose_classes_have_other_numbers_is_a_warning(folders):
         by_teacher("bcda").fit(folders / "train", folders / "val", epochs=1, batch_size=8, **QUIET)
 
 
+@pytest.mark.filterwarnings("ignore:train has images of 4 of the student's 1,000 classes")
+def test_a_teacher_of_other_classes_is_refused_although_its_names_are_a_guess(folders):
+    teacher = load_model("timm:test_vit", pretrained=False)  # 1000 classes, as ImageNet's
+    distiller = Distiller(teacher, "timm:test_resnet", "kd", input_size={"student": 32})
+    with pytest.raises(ValueError, match=r"none of the data's classes \(a, b, c, ...\) is among its 1,000"):
+        distiller.fit(folders / "train", folders / "val", epochs=1, batch_size=8, **QUIET)
+
+
 def test_no_better_order_is_found_in_noise():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 20
