@@ -8,6 +8,7 @@ distiller.fit("imagenet/train", "imagenet/val", epochs=100, output_dir="runs/r18
 distiller.save_student("resnet18.safetensors")
 """
 
+from hetkd.benchmarking import bench
 from hetkd.deploy import ExportReport, export
 from hetkd.distillation import DistillerOutput
 from hetkd.distiller import Distiller
@@ -37,7 +38,7 @@ from hetkd.methods import (
     register_method,
 )
 from hetkd.models import list_models, load_model
-from hetkd.speed import Speed, bench
+from hetkd.speed import Speed
 from hetkd.student import Prediction, Student, load_student
 
 __version__ = "0.1.0"

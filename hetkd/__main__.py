@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from hetkd.benchmarking import bench
 from hetkd.deploy import export
 from hetkd.distiller import Distiller
 from hetkd.finetuning import finetune
 from hetkd.methods import list_methods
 from hetkd.methods.common.method import methods
 from hetkd.models.load import list_models
-from hetkd.speed import bench
 from hetkd.student import load_student
 from hetkd.training.options import TrainingOptions
 

@@ -82,6 +82,7 @@ class Distillation(nn.Module):
         self.normalization, self.normalized = normalized, normalized is not None
         self.class_names: list[str] | None = None  # in the order of the logits, once training data tell them
         self.trained: dict[str, Any] = {}  # what `fit` has to say of the student: epochs, accuracy, data
+        self.history: list[dict[str, float]] = []  # of the last `fit`, one record an epoch
         self._looked_at_values = False
         self._compiled_anew = False
         self.to(self.student_tap.device)  # new parameters follow models that were on their device before

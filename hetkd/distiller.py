@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
-
-from hetkd.data.samples import Keys
-from hetkd.distillation import Distillation
+from hetkd.inspection import InspectedDistillation
 from hetkd.models.weights import save_described
 from hetkd.utils.checks import choice
+from hetkd.utils.distributed import is_first_process
 
 if TYPE_CHECKING:
-    from hetkd.training.check import DataCheck
     from hetkd.training.option_types import FitOptions
     from hetkd.training.run import FitResult
 
 
-class Distiller(Distillation):
+class Distiller(InspectedDistillation):
     """Distils a teacher into a student of any architecture.
 
     The teacher is frozen, stays in eval mode and is in no ``parameters()``, ``state_dict()`` or DDP bucket; it moves
@@ -103,7 +100,12 @@ class Distiller(Distillation):
         """
         from hetkd.training.fit import fit
 
-        return fit(self, train, val, epochs=epochs, output_dir=output_dir, resume=resume, options=options)
+        result = fit(self, train, val, epochs=epochs, output_dir=output_dir, resume=resume, options=options)
+        self.history = result.history
+        if options.get("report") and result.output_dir is not None and is_first_process():
+            path, image, label = result.output_dir / "report.html", options.get("image_key"), options.get("label_key")
+            self.report(val, path, image_key=image, label_key=label)
+        return result
 
     def cache_teacher(
         self,
@@ -165,87 +167,6 @@ class Distiller(Distillation):
             num_workers=num_workers,
             report=print if progress else lambda line: None,
         )
-
-    def evaluate(
-        self,
-        data: Any,
-        *,
-        role: str = "student",
-        batch_size: int = 128,
-        num_workers: int = 0,
-        image_key: str | None = None,
-        label_key: str | None = None,
-        unreadable: str = "error",
-    ) -> dict[str, float]:
-        """Evaluate the student or a teacher where `fit` would train: on the accelerator, if there is one.
-
-        Args:
-            data: As ``val`` of `fit`. After training, class folders are those of the training data by name; before it,
-                those of the model, where it knows their names.
-            role: ``"student"``, ``"teacher"``, or of several teachers ``"teacher0"`` and so on.
-            batch_size: Images a batch, of data that is not a loader.
-            num_workers: Processes that load images.
-            image_key: As for `fit`.
-            label_key: As for `fit`.
-            unreadable: As for `fit`; ``"skip"`` leaves such images out.
-
-        Returns:
-            ``{"top1", "top5", "loss"}``: accuracies in percent (top 5, or as many classes as there are) and mean
-            cross-entropy. Where labels do not teach, ``agreement`` with the teacher in percent: the share of images of
-            which both name the same class, or, where no logits are compared, the likeness of the vectors before the
-            classifiers (linear CKA); then labels also yield ``knn``, the top-1 of nearest neighbours.
-
-        Raises:
-            ValueError: If the model has no classifier, the data no labels, or there is no such teacher.
-        """
-        from hetkd.training.evaluate import evaluate
-
-        self._move_to_accelerator()
-        loading: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "unreadable": unreadable}
-        return evaluate(self, data, role=role, keys=Keys(image_key, label_key), **loading)
-
-    def check(
-        self,
-        train: Any,
-        val: Any = None,
-        *,
-        batch_size: int = 64,
-        image_key: str | None = None,
-        label_key: str | None = None,
-    ) -> DataCheck:
-        """Look at everything that `fit` would get, and print what is there and what is wrong; nothing is trained.
-
-        It reads every image once, counts the images of each class, shows the classes of both splits beside the
-        teacher's, and measures the teacher on some validation images.
-
-        Args:
-            train: As for `fit`.
-            val: As for `fit`.
-            batch_size: As for `fit`.
-            image_key: As for `fit`.
-            label_key: As for `fit`.
-
-        Returns:
-            What was printed, part by part; ``problems`` is empty if all is well.
-
-        Example:
-            >>> from hetkd import load_model
-            >>> distiller = Distiller(None, load_model("test_resnet", pretrained=False, num_classes=2), "ce")
-            >>> found = distiller.check((torch.rand(6, 3, 64, 64), torch.tensor([0, 1, 0, 1, 0, 1])))
-            train: 6 images, 64 x 64 pixels (median), 2 classes, 3 each
-            ...
-            no problem found
-        """
-        from hetkd.training.check import check
-
-        self._move_to_accelerator()
-        found = check(self, train, val, batch_size=batch_size, keys=Keys(image_key, label_key))
-        print(found)
-        return found
-
-    def _move_to_accelerator(self) -> None:
-        if torch.accelerator.is_available():
-            self.to(torch.accelerator.current_accelerator())
 
     def save_student(self, path: str | Path) -> None:
         """Save the plain student, with its library's own keys: hetkd is not needed to load it.

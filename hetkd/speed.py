@@ -3,16 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hetkd.distillation import Distillation
-from hetkd.models.load import load_model
-from hetkd.student import Student, load_student
-from hetkd.utils.checks import whole_number
+from hetkd.features.hooks import eval_mode
 
 _SECONDS = 1.0
 
@@ -47,7 +43,7 @@ class Speed:
         """Say it in two lines."""
         where = self.device if self.device != "cpu" else f"cpu, {self.threads} thread{'s' * (self.threads > 1)}"
         return (
-            f"{self.parameters / 1e6:.2f} M parameters, {self.megabytes:.1f} MB, {self.gigaflops:.2f} GFLOP an image "
+            f"{self.parameters / 1e6:.2f} M parameters, {self.megabytes:.1f} MB, {self.gigaflops:.3g} GFLOP an image "
             f"of {self.size[1]} x {self.size[0]} pixels\n"
             f"{self.milliseconds:.2f} ms an image, {self.images_per_second:,.0f} images/s in batches of "
             f"{self.batch_size} ({where})"
@@ -55,55 +51,28 @@ class Speed:
 
 
 @torch.inference_mode()
-def bench(model: str | Path | nn.Module | Student | Distillation, *, batch_size: int = 32) -> Speed:
-    """Measure size and speed of a model as it is deployed: in eval mode, in float32, on the device where it is.
-
-    Args:
-        model: A saved student by its path, any name of `hetkd.load_model`, a module, or a distiller (its student).
-        batch_size: Images a batch, for the images per second.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If there is no such model.
-
-    Example:
-        >>> speed = bench("timm:test_resnet", batch_size=4)
-        >>> speed.parameters, speed.size
-        (469688, (160, 160))
-    """
+def speed_of(distillation: Distillation, batch_size: int) -> Speed:
+    """Measure the student of a distillation; see `hetkd.bench`."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    whole_number("batch_size", batch_size)
-    distillation = _distillation_of(model)
     tap = distillation.student_tap
-    network, shape = tap.model.eval(), (tap.spec.channels, *tap.size)
+    network, shape = tap.model, (tap.spec.channels, *tap.size)
     example = tap.prepare(torch.rand(batch_size, *shape).to(tap.device))
-    with FlopCounterMode(display=False) as counter:
-        network(example[:1])
     parameters = list(network.parameters())
-    return Speed(
-        parameters=sum(p.numel() for p in parameters),
-        megabytes=sum(p.numel() * p.element_size() for p in parameters) / 1e6,
-        gigaflops=counter.get_total_flops() / 1e9,
-        size=tap.size,
-        milliseconds=1000 * seconds(network, example[:1]),
-        images_per_second=batch_size / seconds(network, example),
-        batch_size=batch_size,
-        device=tap.device.type,
-        threads=torch.get_num_threads(),
-    )
-
-
-def _distillation_of(model: str | Path | nn.Module | Student | Distillation) -> Distillation:
-    if isinstance(model, Student):
-        return model.distillation
-    if isinstance(model, Distillation):
-        return model
-    if isinstance(model, nn.Module):
-        return Distillation(None, model, "ce", ce_weight=0)
-    if isinstance(model, Path) or Path(model).expanduser().exists():
-        return load_student(model).distillation
-    return Distillation(None, load_model(model, pretrained=False), "ce", ce_weight=0)
+    with eval_mode(network):
+        with FlopCounterMode(display=False) as counter:
+            network(example[:1])
+        return Speed(
+            parameters=sum(p.numel() for p in parameters),
+            megabytes=sum(p.numel() * p.element_size() for p in parameters) / 1e6,
+            gigaflops=counter.get_total_flops() / 1e9,
+            size=tap.size,
+            milliseconds=1000 * seconds(network, example[:1]),
+            images_per_second=batch_size / seconds(network, example),
+            batch_size=batch_size,
+            device=tap.device.type,
+            threads=torch.get_num_threads(),
+        )
 
 
 def seconds(network: Callable[[torch.Tensor], Any], images: torch.Tensor) -> float:

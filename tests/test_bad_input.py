@@ -187,11 +187,6 @@ CASES = {
         ValueError,
         "no warmup_epochs",
     ),
-    "val without a classifier": (
-        lambda: make(student=tiny_cnn(num_classes=0), ce_weight=0.0, kd_weight=0.0).fit(X, (X, Y), epochs=1),
-        ValueError,
-        "no classifier to evaluate: leave val out",
-    ),
     "empty val": (lambda: fit(val=EMPTY), ValueError, "val is empty"),
     "missing folder": (lambda: fit("no/such/folder"), FileNotFoundError, "train='no/such/folder' is no folder"),
     "data type": (lambda: fit(3), TypeError, "train must be a folder, a dataset"),

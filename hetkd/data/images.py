@@ -38,7 +38,7 @@ class TensorImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int | list[int]) -> Any:
+    def __getitem__(self, index: int | list[int] | slice) -> Any:
         return self.images[index] if self.labels is None else (self.images[index], self.labels[index])
 
     def __getitems__(self, indices: list[int]) -> Any:

@@ -38,7 +38,7 @@ class Callback:
     Example:
         >>> class StopAt(Callback):
         ...     def on_epoch(self, moment):
-        ...         if moment.record["top1"] > 90:
+        ...         if moment.record.get("top1", 0) > 90:
         ...             moment.stop()
     """
 
@@ -69,6 +69,8 @@ def as_callbacks(callbacks: Sequence[Any]) -> list[Callback]:
     Raises:
         TypeError: If one is neither a `Callback` nor a function.
     """
+    if callable(callbacks) or isinstance(callbacks, Callback):
+        raise TypeError(f"callbacks={callbacks!r} must be a list: callbacks=[...].")
     for each in callbacks:
         if isinstance(each, type) or not (isinstance(each, Callback) or callable(each)):
             raise TypeError(f"callbacks has {each!r}: give hetkd.training.Callback objects or functions of a Moment.")

@@ -73,13 +73,13 @@ def _look(distillation: Distillation, train: Any, val: Any, batch_size: int, key
         "train": tried(lambda: make_loader(train, what="train", spec=inputs.spec, size=size, train=True, **loading))
     }
     trained = getattr(loaders["train"], "dataset", None)
-    _survey(found, "train", trained)
+    tried(lambda: _survey(found, "train", trained))
     take_classes(distillation, found.surveys)
     found.notes += tried(lambda: name_classes(distillation, trained)) or []
     if val is not None:
         loaders["val"] = tried(lambda: eval_loader(distillation, val, batch_size, 0, keys, found.notes))
-        _survey(found, "val", getattr(loaders["val"], "dataset", None))
-    found.notes += remarks(distillation, found.surveys)
+        tried(lambda: _survey(found, "val", getattr(loaders["val"], "dataset", None)))
+    found.notes += tried(lambda: remarks(distillation, found.surveys)) or []
     what = "train" if loaders.get("val") is None else "val"
     said, found.teachers_top1 = tried(lambda: teachers_accuracy(distillation, loaders[what], what)) or ([], {})
     found.notes += said

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from hetkd.data.images import TransformedImages, has_labels, length, make_loader
 from hetkd.data.samples import Keys, images_and_labels
@@ -67,12 +67,22 @@ def _has_labels(loader: Any) -> bool:
     known = has_labels(loader)
     if known is not None:
         return known
-    dataset = getattr(loader, "dataset", None)
-    if not isinstance(loader, DataLoader) or not hasattr(dataset, "__getitem__") or not length(dataset):
-        return True  # a stream, which is looked at when it is measured
+    if not can_be_looked_at(loader):
+        return True  # which is seen when it is measured
     with generators_kept():
-        labelled: bool = images_and_labels(dataset[0])[1] is not None  # type: ignore[index]
+        try:
+            batch = loader.collate_fn([loader.dataset[0]])
+            labelled: bool = images_and_labels(batch)[1] is not None
+        except Exception:  # of the user's own data, which fail where they are measured
+            return True
     return labelled
+
+
+def can_be_looked_at(loader: Any) -> bool:
+    """Say whether single samples of a loader can be had without using it up: it is no stream."""
+    dataset = getattr(loader, "dataset", None)
+    is_stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    return isinstance(loader, DataLoader) and not is_stream and bool(length(dataset))
 
 
 def in_role(distillation: Distillation, role: str) -> Distillation:
@@ -88,7 +98,8 @@ def in_role(distillation: Distillation, role: str) -> Distillation:
     if tap.classes is None:
         raise ValueError(f"the {role} has no classifier, so it has no accuracy.")
     alone = Distillation(None, tap.model, "ce", input_size=tap.size, normalized=distillation.normalization)
-    alone.class_names = distillation.class_names
+    if distillation.method.uses_teacher_logits:  # else its classes may have another order
+        alone.class_names = distillation.class_names
     return alone
 
 
@@ -213,8 +224,8 @@ def look_at_validation(distillation: Distillation, loader: Iterable[Any]) -> Non
     """
     dataset: Any = getattr(loader, "dataset", None)
     batches: Any = getattr(loader, "batch_sampler", None)
-    if not isinstance(loader, DataLoader) or batches is None or not hasattr(dataset, "__getitem__"):
-        return  # a stream, which cannot be looked at twice
+    if not isinstance(loader, DataLoader) or batches is None or not can_be_looked_at(loader):
+        return
     with generators_kept():
         first = next(iter(batches), None)
         if first is None:

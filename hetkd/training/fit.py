@@ -30,6 +30,8 @@ from hetkd.training.trackers import Trackers
 from hetkd.utils.checks import whole_number
 from hetkd.utils.distributed import largest_of_processes
 
+_CLEARLY = 3.0  # points: a teacher is measured on some images only
+
 
 def fit(
     distillation: Distillation,
@@ -65,6 +67,7 @@ def fit(
         stack.callback(setattr, distillation.method, "class_weights", None)
         run = set_up(distillation, train, val, epochs, folder, checked, accelerator)
         stack.callback(accelerator.unwrap_model, run.model, keep_fp32_wrapper=False)
+        distillation.classes_from_data = False  # it keeps those that it is trained for
         saver = Saver(run)
         if resume:
             saver.resume()
@@ -130,10 +133,25 @@ def train_epochs(run: Run, saver: Saver) -> None:
                 progress.note(_how_to_go_on(saver))
                 end_without_traceback(error)
                 raise
+        finish(run, saver, progress, trackers)
         tell("on_end", state.history[-1] if state.history else {})
         why = _why_ended(run)
         if why:
             progress.note(why)
+
+
+def finish(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trackers) -> None:
+    """Complete the last epoch where a run ended after its last checkpoint, or before an evaluation that was due."""
+    state = run.state
+    if state.part.step and state.part.count:  # resumed behind its last step
+        terms = Terms(state.part, run.folder)
+        means, seconds = terms.means(run.accelerator), max(state.part.seconds, 1e-9)
+        speed = state.part.images * run.accelerator.num_processes / seconds
+        end_epoch(run, saver, progress, trackers, _record(run, means, speed, seconds))
+    elif run.val is not None and state.history and score(state.history[-1]) < 0:
+        record = state.history.pop()
+        state.epoch -= 1
+        end_epoch(run, saver, progress, trackers, record, evaluate=True)
 
 
 def _why_ended(run: Run) -> str:
@@ -188,18 +206,22 @@ def train_epoch(run: Run, saver: Saver, progress: TrainingProgress, tell: Told) 
             saver.save_checkpoint()
             saver.signals.obey()
         tell("on_step", newest)
-        if state.is_stopping or state.steps == options.max_steps:
+        if run.accelerator.sync_gradients and run.is_out_of_steps:
             break
     if part.step == 0:
         raise ValueError("train is empty: its loader yields no batch.")
     terms.read()
     refuse_broken_weights(run.distillation, state.epoch, run.device)
-    means, seconds = terms.means(run.accelerator), time.perf_counter() - since
+    seconds = time.perf_counter() - since
+    return _record(run, terms.means(run.accelerator), part.images * processes / seconds, seconds)
+
+
+def _record(run: Run, means: dict[str, float], speed: float, seconds: float) -> dict[str, float]:
     return {
-        "epoch": float(state.epoch + 1),
-        "lr": float(run.optimizer.param_groups[0]["lr"]),
+        "epoch": float(run.state.epoch + 1),
+        "lr": max(float(group["lr"]) for group in run.optimizer.param_groups),
         **{f"train/{name}": value for name, value in means.items()},
-        "images_per_second": part.images * processes / seconds,
+        "images_per_second": speed,
         "seconds": seconds,
     }
 
@@ -229,8 +251,16 @@ def train_step(run: Run, batch: Batch, terms: Terms) -> dict[str, Tensor]:
     return {name: term.detach() for name, term in output.terms.items()}
 
 
-def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trackers, record: dict[str, float]) -> None:
-    """Evaluate and save a whole epoch, then log and print it."""
+def end_epoch(
+    run: Run,
+    saver: Saver,
+    progress: TrainingProgress,
+    trackers: Trackers,
+    record: dict[str, float],
+    *,
+    evaluate: bool = False,
+) -> None:
+    """Evaluate (if it is due, or asked for) and save a whole epoch, then log and print it."""
     state = run.state
     _report_unreadable(run, record, progress)
     student: nn.Module = run.distillation.student if run.ema is None else run.ema.module
@@ -239,7 +269,7 @@ def end_epoch(run: Run, saver: Saver, progress: TrainingProgress, trackers: Trac
         if run.ema is not None:
             share_buffers(run.ema.module)
     state.history.append(record)
-    if run.val is not None and (run.is_last_epoch or (state.epoch + 1) % run.options.eval_every == 0):
+    if run.val is not None and (evaluate or run.is_last_epoch or (state.epoch + 1) % run.options.eval_every == 0):
         try:
             record |= measure_as_taught(run.distillation, student, run.val, run.device, run.accelerator)
         except Exception:  # the epoch is trained, whatever is wrong with the validation data
@@ -268,6 +298,8 @@ def _check_arguments(
     if epochs is None and options.max_steps is None:
         raise ValueError("fit needs to know when to end: epochs=10, or max_steps=1000.")
     whole_number("epochs", 1 if epochs is None else epochs)
+    if options.report and (val is None or output_dir is None):
+        raise ValueError("report=True needs an output_dir, where it goes, and val, of which it tells.")
     if options.patience is not None and val is None:
         raise ValueError(f"patience={options.patience} needs val, whose top-1 says when to end.")
     if not any(parameter.requires_grad for parameter in distillation.student.parameters()):
@@ -300,7 +332,7 @@ def _report_unreadable(run: Run, record: dict[str, float], progress: TrainingPro
 def _say_overtaken(run: Run, record: dict[str, float], progress: TrainingProgress) -> None:
     """Say once for each teacher when the student has become better."""
     for role, top1 in list(run.teachers_top1.items()) if run.val is not None else []:
-        if record.get("top1", 0.0) > top1:
+        if record.get("top1", 0.0) > top1 + _CLEARLY:
             del run.teachers_top1[role]
             progress.note(
                 f"the student has overtaken the {role}, which is right on {top1:.1f} %: a better teacher helps more "

@@ -46,7 +46,9 @@ def _groups_with_rates(distillation: Distillation, options: TrainingOptions) -> 
 
     def add(parameter: nn.Parameter, rate: float, *, decayed: bool) -> None:
         decay = options.weight_decay if decayed and parameter.ndim > 1 else 0.0
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        # timm's schedules multiply their rates, also that of the warm-up and the least one, by lr_scale.
+        new = {"params": [], "lr": lr, "lr_scale": rate / lr, "weight_decay": decay}
+        group = groups.setdefault((rate, decay), new)
         if parameter.requires_grad:
             group["params"].append(parameter)
 

@@ -19,7 +19,7 @@ from hetkd.data.survey import Survey, spread, survey
 from hetkd.distillation import Distillation
 from hetkd.features.tap import Tap
 from hetkd.models.labels import model_labels
-from hetkd.training.evaluate import in_role
+from hetkd.training.evaluate import can_be_looked_at, in_role
 
 _MEASURED, _BATCH, _SECONDS = 512, 32, 10.0
 _ENLARGED, _FEW_IN_USE, _SEVERAL = 1.5, 4, 20
@@ -45,7 +45,6 @@ def take_classes(distillation: Distillation, surveys: Sequence[Survey]) -> None:
     train = next((each for each in surveys if each.what == "train"), None)
     if train is None or train.counts is None or not distillation.classes_from_data:
         return
-    distillation.classes_from_data = False
     if len(train.counts) > 1:
         distillation.set_classes(len(train.counts))
 
@@ -55,11 +54,17 @@ def remarks(distillation: Distillation, surveys: Sequence[Survey]) -> list[str]:
 
     Warns:
         RuntimeWarning: If most outputs of the student are of classes without images.
+
+    Raises:
+        ValueError: If the data have more classes than the student.
     """
     train = next((each for each in surveys if each.what == "train"), None)
     if train is None:
         return []
     classes, used = distillation.classes, train.used
+    there = 0 if train.counts is None or not distillation.method.ce_weight else len(train.counts)
+    if classes is not None and there > classes:
+        raise ValueError(f"train has {there} classes, but the student has {classes}: give it num_classes={there}.")
     is_by_name = distillation.class_names is not None and len(distillation.class_names) == classes
     counts = used is not None and distillation.method.ce_weight > 0 and not is_by_name
     if counts and classes is not None and used is not None and classes >= max(_SEVERAL, used * _FEW_IN_USE):
@@ -149,7 +154,7 @@ def _labelled(alone: Distillation, data: Any, what: str) -> Iterator[tuple[Tenso
     dataset = getattr(data, "dataset", None)
     if isinstance(dataset, (TransformedImages, TensorImages)):
         data = _some(alone, dataset)
-    elif what == "train" or not _can_be_iterated_again(data):
+    elif what == "train" or not can_be_looked_at(data):
         return
     for batch in islice(data, _MEASURED):
         images, labels = images_and_labels(batch)
@@ -170,10 +175,6 @@ def _some(alone: Distillation, dataset: TransformedImages | TensorImages) -> Ite
     whole = TransformedImages(dataset.dataset, transform, keys=dataset.keys, skip_unreadable=True)
     whole.label_map = dataset.label_map
     yield from DataLoader(Subset(whole, order.tolist()), batch_size=_BATCH)
-
-
-def _can_be_iterated_again(data: Any) -> bool:
-    return isinstance(data, DataLoader) and hasattr(data.dataset, "__getitem__")
 
 
 def _problem(tap: Tap, predicted: Tensor, labels: Tensor) -> str:

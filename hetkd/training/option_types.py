@@ -47,6 +47,7 @@ class FitOptions(TypedDict, total=False):
     patience: int | None
     callbacks: Sequence[Any]
     sync_batchnorm: bool
+    report: bool
     checkpoint_steps: int | None
     checkpoint_minutes: float | None
     keep_last: int

@@ -70,6 +70,7 @@ class TrainingOptions:
         patience: End after so many evaluations without a better top-1 (early stopping); ``None``: never.
         callbacks: `hetkd.training.Callback` objects, or functions that are called after each epoch.
         sync_batchnorm: Take batch norms' statistics over all processes, on GPUs.
+        report: Write ``OUTPUT_DIR/report.html`` at the end, see `hetkd.Distiller.report`; needs ``val`` with labels.
         checkpoint_steps: Steps between checkpoints within an epoch, or ``None``. A checkpoint is always written at the
             end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
         checkpoint_minutes: Minutes between checkpoints within an epoch, or ``None``.
@@ -124,6 +125,7 @@ class TrainingOptions:
     patience: int | None = None
     callbacks: Sequence[Any] = ()
     sync_batchnorm: bool = False
+    report: bool = False
     checkpoint_steps: int | None = None
     checkpoint_minutes: float | None = 10.0
     keep_last: int = 2
@@ -150,11 +152,8 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and not 0 < positive(name, value) <= 1:
                 raise ValueError(f"{name}={value} must be more than 0 and at most 1.")
-        if (self.max_steps or 0) % self.gradient_accumulation:
-            raise ValueError(
-                f"max_steps={self.max_steps} must be a multiple of gradient_accumulation={self.gradient_accumulation}, "
-                "or its last steps would update nothing."
-            )
+        if not isinstance(self.class_weights, str | None):  # also an array
+            object.__setattr__(self, "class_weights", [float(x) for x in self.class_weights])
         if isinstance(self.class_weights, str):
             choice("class_weights", self.class_weights, ["balanced"])
         as_callbacks(self.callbacks)
@@ -238,7 +237,7 @@ class TrainingOptions:
             "optimizer": _word(self.optimizer),
             "optimizer_options": None if self.optimizer_options is None else dict(self.optimizer_options),
             "augment": _word(self.augment),
-            "class_weights": list(self.class_weights or ()) if not isinstance(self.class_weights, str) else "balanced",
+            "class_weights": self.class_weights or [],
             "trackers": [str(tracker) for tracker in self.trackers],
             "callbacks": [_word(type(each)) for each in self.callbacks],
             "teacher_cache": None if self.teacher_cache is None else str(self.teacher_cache),

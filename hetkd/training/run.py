@@ -152,19 +152,23 @@ class Run:
     state: RunState = field(default_factory=RunState)
 
     @property
+    def is_out_of_steps(self) -> bool:
+        """Whether ``max_steps`` are done, or a callback asked for the end."""
+        last = self.options.max_steps
+        return self.state.is_stopping or (last is not None and self.state.steps >= last)
+
+    @property
     def is_last_epoch(self) -> bool:
         """Whether the epoch that was trained now is the last, as far as it is known before its evaluation."""
-        ended = self.state.is_stopping or self.state.steps == self.options.max_steps
-        return ended or self.state.epoch + 1 >= self.epochs
+        return self.is_out_of_steps or self.state.epoch + 1 >= self.epochs
 
     @property
     def is_over(self) -> bool:
         """Whether all epochs or steps are done, no epoch was better for long, or a callback asked for the end."""
-        state, options = self.state, self.options
-        last, patience = options.max_steps, options.patience
-        if state.epoch >= self.epochs or state.is_stopping or (last is not None and state.steps >= last):
+        if self.state.epoch >= self.epochs or self.is_out_of_steps:
             return True
-        return patience is not None and state.evaluations_since_best >= patience
+        patience = self.options.patience
+        return patience is not None and self.state.evaluations_since_best >= patience
 
     @property
     def device(self) -> torch.device:

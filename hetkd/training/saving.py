@@ -40,6 +40,7 @@ FREE_SETTINGS = {
     "eval_every",
     "patience",
     "callbacks",
+    "report",
 }
 """Settings that may differ between a run and its resumption without a word."""
 _OTHER_PROCESSES = {"processes", "effective_batch_size"}

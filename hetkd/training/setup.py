@@ -182,6 +182,10 @@ def _train_loader(
         check_cache(cache, distillation.teachers, dataset)
         return CachedImages(dataset, cache)
 
+    if options.balanced_sampling and isinstance(train, DataLoader):
+        raise ValueError("balanced_sampling=True is for data; a loader has a sampler of its own.")
+    if options.class_weights is not None and not distillation.method.ce_weight:
+        raise ValueError("class_weights weigh the cross-entropy, but ce_weight=0 leaves it out.")
     size, spec = distillation.loading_size, distillation.student_inputs.spec
     min_crop = options.min_crop
     if cache is not None:
@@ -222,8 +226,14 @@ def _make_scheduler(optimizer: Any, options: TrainingOptions, epochs: float, upd
         epochs, updates = 1, last
     elif last is not None:
         epochs = min(epochs, last / updates)
-    if updates is None:
+    if updates is None:  # then the rates stay as they are
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
         return None
+    if options.max_steps is not None and options.warmup_epochs >= epochs:
+        raise ValueError(
+            f"warmup_epochs={options.warmup_epochs:g} is not over after max_steps={options.max_steps}: make it shorter."
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=options.scheduler,

@@ -154,10 +154,15 @@ class Signals:
 
 def end_without_traceback(error: BaseException) -> None:
     """Have the interpreter end without a traceback, and with the usual exit status, if this error ends it."""
-    before = sys.excepthook
+    error._hetkd_has_said_all = True  # type: ignore[attr-defined]
+    if sys.excepthook is not _quiet_hook:
+        _hooks.append(sys.excepthook)
+        sys.excepthook = _quiet_hook
 
-    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-        if value is not error:
-            before(kind, value, trace)
 
-    sys.excepthook = hook
+_hooks: list[Any] = []
+
+
+def _quiet_hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    if not getattr(value, "_hetkd_has_said_all", False):
+        _hooks[-1](kind, value, trace)

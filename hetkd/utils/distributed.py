@@ -12,6 +12,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first_process() -> bool:
+    """Say whether this is the process that writes files."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
 def largest_of_processes(value: int, device: torch.device) -> int:
     """Return the largest ``value`` of all processes, on which they then agree.
 

@@ -10,7 +10,6 @@ from typing import get_type_hints
 import pytest
 import torch
 from conftest import REPOSITORY, tiny_cnn, tiny_vit
-from PIL import Image
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torchvision.models import resnet18, vit_b_16
@@ -20,9 +19,8 @@ from transformers_models import HUGGING_FACE
 
 from hetkd import Distiller
 from hetkd.training import Callback, TrainingOptions
-from hetkd.training.groups import class_weights, layers_of, make_optimizer
+from hetkd.training.groups import layers_of, make_optimizer
 from hetkd.training.option_types import FitOptions
-from hetkd.training.setup import _balanced_sampler
 from hetkd.training.sharding import synchronised_batchnorm
 
 
@@ -44,9 +42,8 @@ def rates(distiller: Distiller, **options) -> dict[str, tuple[float, float]]:
     """Learning rate and weight decay of each parameter by its name."""
     optimizer = make_optimizer(distiller, TrainingOptions(**options), OneProcess())
     names = {id(p): name for name, p in distiller.named_parameters()}
-    return {
-        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
-    }
+    groups = [(group, group["lr"] * group.get("lr_scale", 1)) for group in optimizer.param_groups]
+    return {names[id(p)]: (rate, group["weight_decay"]) for group, rate in groups for p in group["params"]}
 
 
 @pytest.mark.parametrize(("epochs", "steps", "expected"), [(None, 5, 5), (4, 5, 5), (1, 100, 4), (None, 4, 4)])
@@ -102,8 +99,8 @@ def test_a_run_of_max_steps_that_was_stopped_ends_as_one_that_was_not(tmp_path):
 def test_the_end_has_to_be_said():
     with pytest.raises(ValueError, match="epochs=10, or max_steps=1000"):
         alone().fit(bright_or_dark(), **QUIET)
-    with pytest.raises(ValueError, match="multiple of gradient_accumulation=2"):
-        alone().fit(bright_or_dark(), max_steps=3, gradient_accumulation=2, **QUIET)
+    with pytest.raises(ValueError, match="warmup_epochs=1 is not over after max_steps=3"):
+        alone().fit(bright_or_dark(), max_steps=3, warmup_epochs=1, batch_size=8, **QUIET)
 
 
 def test_evaluation_every_few_epochs_and_after_the_last(tmp_path):
@@ -208,115 +205,67 @@ def test_layer_decay_and_another_rate_for_the_method():
     assert set(found) == {name for name, _ in distiller.named_parameters()}
 
 
-def test_rates_of_groups_follow_the_schedule():
-    distiller = Distiller(tiny_vit(), tiny_cnn(), "fitnet", input_size=32)
-    kept = []
+def test_rates_of_layers_keep_their_ratio_through_the_schedule():
+    seen = []
 
     class Rates(Callback):
         def on_step(self, moment):
-            kept.append(1)
+            groups = moment.distiller.optimizer_seen.param_groups
+            seen.append([group["lr"] for group in groups])
 
-    result = distiller.fit(bright_or_dark(16), epochs=1, batch_size=8, layer_decay=0.7, callbacks=[Rates()], **QUIET)
-    assert result.history[0]["lr"] <= 1e-3
-    assert len(kept) == 2
+    distiller = Distiller(None, tiny_vit(), "ce", input_size=32)
+    made = []
+
+    class Optimizer(torch.optim.AdamW):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    distiller.__dict__["optimizer_seen"] = None
+
+    def note(moment):
+        distiller.__dict__["optimizer_seen"] = made[0]
+
+    class Start(Callback):
+        def on_start(self, moment):
+            note(moment)
+
+    options = {"optimizer": Optimizer, "lr": 1e-3, "layer_decay": 0.5, "warmup_epochs": 0.5, "epochs": 2}
+    distiller.fit(bright_or_dark(32), batch_size=8, callbacks=[Start(), Rates()], **options, **QUIET)
+    ratios = {round(max(rates) / min(rates), 3) for rates in seen}
+    assert ratios == {2.0**5}
+    assert 8e-4 < max(max(rates) for rates in seen) <= 1e-3
+
+
+@pytest.mark.parametrize("stops_at", [1, 2])
+def test_whatever_ends_a_run_its_last_epoch_is_evaluated(stops_at, tmp_path):
+    def stop(moment):
+        if moment.epoch == stops_at:
+            moment.stop()
+
+    data = bright_or_dark(16)
+    options = {"epochs": 9, "eval_every": 5, "batch_size": 8, "output_dir": tmp_path, "callbacks": [stop], **QUIET}
+    result = alone().fit(data, data, **options)
+    assert len(result.history) == stops_at
+    assert result.best["epoch"] == stops_at
+    assert (tmp_path / "best.safetensors").exists()
+
+
+def test_accumulated_steps_end_with_a_whole_update():
+    seen = []
+
+    class Count(Callback):
+        def on_step(self, moment):
+            seen.append(moment.step)
+
+    data = bright_or_dark(40)
+    alone().fit(data, max_steps=3, gradient_accumulation=2, batch_size=8, callbacks=[Count()], **QUIET)
+    assert seen == [1, 2, 3, 4]
 
 
 def test_keyword_options_reach_timms_optimizers():
     optimizer = make_optimizer(alone(), TrainingOptions(optimizer_options={"betas": (0.8, 0.9)}), OneProcess())
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
-
-
-def test_balanced_class_weights_equal_those_by_hand():
-    labels = torch.tensor([0, 0, 0, 1])
-    weights = class_weights(TrainingOptions(class_weights="balanced"), labels, 3)
-    assert weights.tolist() == pytest.approx([4 / (2 * 3), 4 / (2 * 1), 0])
-    assert weights[labels].mean() == pytest.approx(1)
-    assert class_weights(TrainingOptions(class_weights=[1, 2, 3]), None, 3).tolist() == [1, 2, 3]
-    with pytest.raises(ValueError, match="class_weights has 2 numbers from 1 for 3 classes"):
-        class_weights(TrainingOptions(class_weights=[1, 2]), None, 3)
-
-
-def test_class_weights_are_in_the_cross_entropy_of_the_run_alone():
-    images, labels = bright_or_dark(32)
-    labels = torch.where(labels < 8, 0, 1)
-    torch.manual_seed(0)
-    distiller = alone(num_classes=2)
-    with torch.no_grad():
-        logits = distiller.student_tap.run(images).logits
-    expected = nn.functional.cross_entropy(logits, labels, torch.tensor([0.0, 1.0])).item()
-    torch.manual_seed(0)
-    again = alone(num_classes=2)
-    result = again.fit((images, labels), epochs=1, batch_size=32, lr=1e-9, class_weights=[0, 1], **QUIET)
-    assert again.method.class_weights is None
-    assert result.history[0]["train/ce"] == pytest.approx(expected, rel=1e-4)
-    unweighted = alone(num_classes=2).fit((images, labels), epochs=1, batch_size=32, lr=1e-9, **QUIET)
-    assert result.history[0]["train/ce"] != pytest.approx(unweighted.history[0]["train/ce"], rel=1e-3)
-
-
-def folders(root, counts):
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for index in range(count):
-            Image.new("RGB", (32, 32), (index, index, index)).save(root / name / f"{index}.png")
-    return root
-
-
-def test_balanced_sampling_draws_each_class_alike(tmp_path):
-    from hetkd.data.images import make_dataset
-
-    distiller = alone(num_classes=2)
-    spec = distiller.student_inputs.spec
-    dataset = make_dataset(folders(tmp_path, {"a": 60, "b": 6}), what="train", spec=spec, size=(32, 32), train=True)
-    torch.manual_seed(0)
-    drawn = torch.tensor([int(index >= 60) for _ in range(20) for index in _balanced_sampler(dataset)])
-    assert drawn.double().mean().item() == pytest.approx(0.5, abs=0.05)
-
-
-def test_a_balanced_run_resumes_exactly(tmp_path):
-    train = folders(tmp_path / "train", {"a": 30, "b": 6})
-    common = {"epochs": 2, "batch_size": 6, "balanced_sampling": True, "checkpoint_steps": 1, **QUIET}
-    torch.manual_seed(0)
-    whole = alone(num_classes=2)
-    whole.fit(train, output_dir=tmp_path / "whole", **common)
-
-    class Interrupt(Callback):
-        def on_step(self, moment):
-            if moment.step == 3:
-                raise KeyboardInterrupt
-
-    torch.manual_seed(0)
-    with pytest.raises(KeyboardInterrupt):
-        alone(num_classes=2).fit(train, output_dir=tmp_path / "part", callbacks=[Interrupt()], **common)
-    resumed = alone(num_classes=2)
-    resumed.fit(train, output_dir=tmp_path / "part", resume=True, **common)
-    for name, x in whole.student.state_dict().items():
-        assert torch.equal(x, resumed.student.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("options", [{"balanced_sampling": True}, {"class_weights": "balanced"}])
-def test_balance_needs_labels_that_are_known(options):
-    class Unknown(torch.utils.data.Dataset):
-        def __len__(self):
-            return 8
-
-        def __getitem__(self, index):
-            return torch.rand(3, 32, 32), index % 2
-
-    with pytest.raises(ValueError, match="needs labels that are known"):
-        alone(num_classes=2).fit(Unknown(), epochs=1, batch_size=4, **options, **QUIET)
-
-
-def test_random_crops_keep_the_share_that_is_asked_for(tmp_path):
-    from hetkd.data.images import crop_transform
-
-    spec = alone().student_inputs.spec
-    ramp = torch.arange(100.0).repeat(3, 100, 1)
-    for min_crop, least in ((0.08, 0), (0.9, 70), (1.0, 99)):
-        torch.manual_seed(0)
-        crop = crop_transform(spec, (100, 100), True, min_crop)
-        spans = [float(y.max() - y.min()) for y in (crop(ramp) for _ in range(30))]
-        assert min(spans) >= least
-    assert min(spans) == 99
 
 
 def test_synchronised_batch_norms_are_put_back():

@@ -168,7 +168,7 @@ class TestExactResume:
         accuracies = iter([20.0, 50.0, 30.0, 40.0])
         monkeypatch.setattr(
             importlib.import_module("hetkd.training.fit"),
-            "measure",
+            "measure_as_taught",
             lambda *_: {"top1": next(accuracies), "top5": 0.0, "loss": 1.0},
         )
         options = {**QUIET, "epochs": 4, "batch_size": 16, "keep_last": 1, "keep_best": True}

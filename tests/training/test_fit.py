@@ -32,7 +32,9 @@ def test_learns_and_reports(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "best.safetensors",
         "best.json",
+        "best.md",
         "last.json",
+        "last.md",
         "history.csv",
         "last.safetensors",
         "history.json",
