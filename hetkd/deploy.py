@@ -86,7 +86,7 @@ def export(
         student: That `hetkd.load_student` returns, the path of one, or a distiller.
         path: ``FILE.onnx`` (needs ``pip install "hetkd[export]"``) or ``FILE.pt2``.
         images: Pictures on which both answer: a folder, a dataset, tensors; with labels both accuracies are reported.
-            ``None``: noise, which proves that the graph is right, and nothing of accuracy.
+            ``None``: those of ``calibration``, or noise, which proves that the graph is right, and nothing of accuracy.
         int8: Quantise weights and activations by onnxruntime; ONNX only.
         calibration: Pictures that int8 is calibrated on; ``None``: ``images``.
         preprocess: Have the graph take uint8 ``[B, C, H, W]``; otherwise float, normalised already.
@@ -110,8 +110,10 @@ def export(
     whole_number("most_images", most_images)
     distillation = _distillation_of(student)
     deployed = copy.deepcopy(Deployed(distillation, preprocess=preprocess)).cpu().eval()
+    images = calibration if images is None else images
     batches = [(deployed.inputs(x), y) for x, y in _batches(distillation, images, most_images)]
-    with TemporaryDirectory(prefix=".export-", dir=_made(path.parent)) as folder:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         first = batches[0][0]
         with _in_words(distillation):
@@ -186,11 +188,6 @@ def _checked_path(path: Path, images: Any, int8: bool) -> Path:
         except ImportError as error:
             raise ImportError(f"ONNX needs {error.name}: pip install 'hetkd[export]'.") from error
     return path
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _distillation_of(student: Student | Distillation | str | Path) -> Distillation:

@@ -154,7 +154,7 @@ class Distiller(InspectedDistillation):
         kept: dict[str, Any] = {"size": size, "spec": spec, "min_crop": min_crop, "seed": seed}
         kept["skip_unreadable"] = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
         dataset = make_dataset(train, what="train", train=True, **kept)
-        self._move_to_accelerator()
+        self.move_to_accelerator()
         write_cache(
             self.teachers,
             as_single_images(dataset, "train", seed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -10,29 +11,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from hetkd.data.images import TensorImages, TransformedImages, length, make_dataset, make_loader
 from hetkd.data.labels import known_labels
-from hetkd.data.samples import Keys, images_and_labels
+from hetkd.data.samples import Keys
+from hetkd.data.survey import spread
 from hetkd.distillation import Distillation
 from hetkd.distiller import Distiller
 from hetkd.features.hooks import is_from_library
 from hetkd.features.tap import Size, Tap, as_size
-from hetkd.models.heads import last_linear, with_classes
+from hetkd.models.description import read_description
+from hetkd.models.heads import with_classes
 from hetkd.models.inputs import IMAGENET_MEAN, IMAGENET_STD, InputSpec
 from hetkd.models.load import is_file, load_model
-from hetkd.models.weights import load_weights
+from hetkd.models.weights import load_weights, save_model
 from hetkd.models.wrappers import architecture_name
+from hetkd.training.classes import name_classes
+from hetkd.training.classifier import fit_classifier
+from hetkd.training.options import TrainingOptions
 from hetkd.utils.checks import whole_number
+from hetkd.utils.distributed import is_first_process
 
 if TYPE_CHECKING:
     from hetkd.training.option_types import FitOptions
 
 _LARGEST = 224
-_STEPS, _EPOCHS = 300, 5
+_STEPS, _EPOCHS, _PATIENT_STEPS, _MOST_FOR_HEAD = 300, 5, 60, 20_000
 _DEFAULTS: dict[str, Any] = {
     "batch_size": 32,
     "layer_decay": 0.75,
@@ -41,7 +47,6 @@ _DEFAULTS: dict[str, Any] = {
     "label_smoothing": 0.1,
     "min_crop": 0.35,
 }
-_DECAYS, _AS_GOOD = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 0.01
 
 
 @dataclass(frozen=True)
@@ -85,18 +90,18 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a model on one's own classes, and save it so that its path alone loads it.
 
-    First a new classifier is fitted to the features of the model as it is (one pass over the images), then all layers
-    are trained, early ones at lower rates. Crops and evaluation are those of `hetkd.Distiller.fit`.
+    First a new classifier is fitted to the model's features (one pass over the images), then all layers are trained,
+    early ones at lower rates. Crops and evaluation are those of `hetkd.Distiller.fit`.
 
     Args:
         model: ``"timm:NAME"``, ``"hf:ORG/NAME"``, ``"torchvision:NAME"`` with pretrained weights, a file that hetkd
             saved, or any ``nn.Module``, with a classifier of any number of classes or without one.
         train: As for `hetkd.Distiller.fit`.
-        val: The same; the best epoch on it is kept, and three without a better one end the training.
-        num_classes: ``None``: as the labels of ``train`` say.
+        val: The same; the best epoch on it is kept, and three without a better one (or 60 steps) end the training.
+        num_classes: ``None``: of the labels of ``train``.
         weights: A file with weights of a model given by name, instead of its library's.
-        input_size: Pixels, a number or ``(height, width)``; ``None``: what the model was made for, but at most 224.
-        epochs: Passes over the images; ``None``: at least 5, and as many as make 300 steps; 0: the classifier alone.
+        input_size: Pixels, a number or ``(height, width)``; ``None``: what the model was made for, at most 224.
+        epochs: Passes over the images; ``None``: at least 5 that make 300 steps; 0: the classifier alone.
         output_dir: Folder for the run; the model is ``OUTPUT_DIR/NAME.safetensors``.
         resume: Go on with the run there.
         **options: As of `hetkd.Distiller.fit`, with defaults for fine-tuning: 32 images a step, ``layer_decay=0.75``,
@@ -107,27 +112,65 @@ def finetune(
 
     Raises:
         ValueError: If arguments are not valid, or the classes of ``train`` are unknown.
-        FileExistsError: If ``output_dir`` holds another run of this model.
+        FileExistsError: If ``output_dir`` holds this model already, unless it goes on.
 
     Example:
         >>> finetune("timm:vit_small_patch14_dinov2", "photos/train", "photos/val")  # doctest: +SKIP
     """
     keys = Keys(options.get("image_key"), options.get("label_key"))
     distiller = _distiller(model, num_classes or _classes_of(train, keys), weights, input_size)
-    teacher, chosen = distiller.student, {**_DEFAULTS, **options}
-    path = Path(output_dir).expanduser() / f"{_file_name(teacher)}.safetensors"
+    path = Path(output_dir).expanduser() / f"{_file_name(distiller.student)}.safetensors"
+    chosen = {**_DEFAULTS, **options}
     steps = _steps_an_epoch(train, keys, chosen["batch_size"])
     epochs = _epochs(epochs, steps)
-    top1 = None if resume and path.with_suffix("").exists() else _fit_head(distiller, train, val, keys, chosen)
+    chosen = {**_schedule(epochs, steps, path), **({} if val is None else {"patience": _patience(steps)}), **chosen}
+    _check(path, chosen, resume=resume)
+    if not chosen.get("cpu"):
+        distiller.move_to_accelerator()
+    top1 = _head(distiller, train, val, path.with_suffix(".head.safetensors"), keys, chosen)
     history: list[dict[str, float]] = []
     if epochs:
-        chosen = {**_schedule(epochs, steps), **({} if val is None else {"patience": 3}), **chosen}
         history, top1 = _fit_all(distiller, train, val, top1, path, epochs=epochs, resume=resume, **chosen)
-    distiller.trained = {"finetuned": architecture_name(teacher), "epochs": len(history), "top1": top1}
-    distiller.save_student(path)
-    found = Finetuned(teacher.eval(), path, top1, history)
-    print(found)
+    distiller.trained = {"finetuned": True, "epochs": len(history), "top1": top1}
+    return _finished(distiller, path, top1, history)
+
+
+def _check(path: Path, options: dict[str, Any], *, resume: bool) -> None:
+    TrainingOptions.from_mapping(options)
+    if not resume and (path.exists() or path.with_suffix("").exists()):
+        raise FileExistsError(f"{path} is there already: choose another output_dir, or go on with resume=True.")
+
+
+def _finished(distiller: Distiller, path: Path, top1: float | None, history: list[dict[str, float]]) -> Finetuned:
+    found = Finetuned(distiller.student.eval(), path, top1, history)
+    if is_first_process():
+        distiller.save_student(path)
+        print(found)
     return found
+
+
+def _head(distiller: Distiller, train: Any, val: Any, path: Path, keys: Keys, options: dict[str, Any]) -> float | None:
+    """Fit a new classifier, or load it where that was done before; return its top-1 on the validation images."""
+    loading: dict[str, Any] = {"num_workers": options.get("num_workers", 0), "keys": keys}
+    loading["unreadable"] = options.get("unreadable", "error")
+    images = _as_evaluated(distiller, train, options["batch_size"], **loading)
+    for note in name_classes(distiller, getattr(images, "dataset", None)):
+        print(note)
+    if path.exists():
+        load_weights(distiller.student, path)
+        description = read_description(path)
+        found: float | None = None if description is None else description.made.get("top1")
+        return found
+    fit_classifier(distiller, images)
+    top1 = None
+    if val is not None:
+        asked = {"image_key": keys.image, "label_key": keys.label, "unreadable": loading["unreadable"]}
+        top1 = distiller.evaluate(val, num_workers=loading["num_workers"], **asked)["top1"]
+        print(f"the new classifier alone: top-1 {top1:.2f} % on the validation images")
+    if is_first_process():
+        distiller.trained = {"top1": top1}
+        save_model(distiller.student, path, distiller.describe_student())
+    return top1
 
 
 def _fit_all(
@@ -144,17 +187,6 @@ def _fit_all(
     return result.history, result.best.get("top1")
 
 
-def _fit_head(distiller: Distiller, train: Any, val: Any, keys: Keys, options: dict[str, Any]) -> float | None:
-    """Fit a new classifier, and return its top-1 on the validation images."""
-    loading: dict[str, Any] = {"batch_size": options["batch_size"], "num_workers": options.get("num_workers", 0)}
-    fit_classifier(distiller, train, keys, **loading)
-    if val is None:
-        return None
-    top1 = distiller.evaluate(val, image_key=keys.image, label_key=keys.label, **loading)["top1"]
-    print(f"the new classifier alone: top-1 {top1:.2f} % on the validation images")
-    return top1
-
-
 def _distiller(model: str | nn.Module, classes: int, weights: str | Path | None, input_size: Size | None) -> Distiller:
     """Return a distiller whose student is the model, with so many classes."""
     built = _built(model, classes, weights, input_size)
@@ -165,110 +197,39 @@ def _distiller(model: str | nn.Module, classes: int, weights: str | Path | None,
     return Distiller(None, teacher.requires_grad_(True), "ce", input_size=tap.size)
 
 
-def _schedule(epochs: int, steps: int | None) -> dict[str, Any]:
-    """Return the learning rate and warm-up for so many steps: few steps need a higher rate."""
-    total = epochs * (steps or _STEPS)
+def _schedule(epochs: int, steps: int | None, path: Path) -> dict[str, Any]:
+    """Return learning rate and warm-up for so many steps (few need a higher rate), or those of a run that goes on."""
+    settings = path.with_suffix("") / "settings.json"
+    if settings.exists():
+        before = json.loads(settings.read_text(encoding="utf-8"))
+        return {name: before[name] for name in ("lr", "warmup_epochs")}
+    total = max(1, epochs) * (steps or _STEPS)
     return {"lr": min(1e-3, 5e-4 * math.sqrt(_STEPS / total)), "warmup_epochs": min(1.0, epochs / 5)}
+
+
+def _patience(steps: int | None) -> int:
+    """Return after how many epochs without a better one to end: three, or more where an epoch has few steps."""
+    return 3 if steps is None else max(3, math.ceil(_PATIENT_STEPS / steps))
 
 
 def _file_name(model: nn.Module) -> str:
     return re.sub(r"[^-.\w]", "_", architecture_name(model)).lower()
 
 
-def fit_classifier(distiller: Distillation, train: Any, keys: Keys, *, batch_size: int, num_workers: int) -> None:
-    """Fit the last linear layer of the student to its inputs, by logistic regression; other layers stay as they are.
-
-    A tenth of the images chooses the weight decay. Where the student does not end in a linear layer, nothing is done.
-
-    Args:
-        distiller: Its student has as many classes as the data.
-        train: Images with labels.
-        keys: Where both are in samples that are dicts.
-        batch_size: Images a forward.
-        num_workers: Loading processes.
-    """
-    student, classes = distiller.student, distiller.classes
-    layer = last_linear(student, classes or 0)
-    if layer is None:
-        return
-    loader = _plain_loader(distiller, train, keys, batch_size, num_workers)
-    x, y = _inputs_of(layer, distiller, loader)
-    held_out = torch.arange(len(y)) % 10 == 0
-    known, asked = ~held_out, held_out
-    scores = [
-        (_right(logistic_regression(x[known], y[known], classes or 0, decay), x[asked], y[asked]), decay)
-        for decay in _DECAYS
-    ]
-    best = max(score for score, _ in scores)
-    decay = max(decay for score, decay in scores if score >= best - _AS_GOOD)  # small weights leave room to learn
-    weight, bias = logistic_regression(x, y, classes or 0, decay)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if layer.bias is not None:
-            layer.bias.copy_(bias)
-
-
-def logistic_regression(x: Tensor, y: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
-    """Return weight ``[classes, C]`` and bias ``[classes]`` of a linear classifier with least cross-entropy.
-
-    Args:
-        x: Features ``[N, C]``, standardised on the way.
-        y: Classes ``[N]``.
-        classes: How many there are.
-        decay: Weight of half the squared norm of the weights, in units of standardised features.
-    """
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    z = (x - mean) / std
-    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(z @ weight.T + bias, y) + decay / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    scaled = weight.detach() / std
-    return scaled, bias.detach() - scaled @ mean
-
-
-def _right(classifier: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> float:
-    weight, bias = classifier
-    return float(((x @ weight.T + bias).argmax(1) == y).double().mean())
-
-
-def _plain_loader(distiller: Distillation, train: Any, keys: Keys, batch_size: int, num_workers: int) -> Iterable[Any]:
-    """Return a loader of the images as they are evaluated, with their labels."""
+def _as_evaluated(
+    distiller: Distillation, train: Any, batch_size: int, *, num_workers: int, keys: Keys, unreadable: str
+) -> Iterable[Any]:
+    """Return a loader of training images as they are evaluated, of at most so many as a classifier needs."""
     inputs = distiller.student_inputs
-    return make_loader(
-        train,
-        what="train",
-        spec=inputs.spec,
-        size=inputs.size,
-        batch_size=batch_size,
-        train=False,
-        num_workers=num_workers,
-        keys=keys,
-    )
-
-
-@torch.no_grad()
-def _inputs_of(layer: nn.Linear, distiller: Distillation, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Return what a layer sees of all images, ``[N, C]``, and their classes."""
-    seen: list[Tensor] = []
-    classes: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].float().cpu()))
-    try:
-        for batch in loader:
-            images, labels = images_and_labels(batch)
-            distiller.predict(images.to(layer.weight.device))
-            classes.append(torch.as_tensor(labels).cpu())
-    finally:
-        handle.remove()
-    return torch.cat(seen).flatten(1), torch.cat(classes)
+    loading: dict[str, Any] = {"spec": inputs.spec, "size": inputs.size, "num_workers": num_workers, "keys": keys}
+    skip = unreadable == "skip"
+    loader = make_loader(train, what="train", batch_size=batch_size, train=False, skip_unreadable=skip, **loading)
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, TransformedImages) and len(dataset) > _MOST_FOR_HEAD:
+        names = dataset.class_names
+        dataset.keep(spread(len(dataset), _MOST_FOR_HEAD))
+        dataset.class_names = names
+    return loader
 
 
 def _built(model: str | nn.Module, classes: int, weights: str | Path | None, size: Size | None) -> nn.Module:

@@ -51,7 +51,7 @@ class InspectedDistillation(Distillation):
         """
         from hetkd.training.check import check
 
-        self._move_to_accelerator()
+        self.move_to_accelerator()
         found = check(self, train, val, batch_size=batch_size, keys=Keys(image_key, label_key))
         print(found)
         return found
@@ -90,7 +90,7 @@ class InspectedDistillation(Distillation):
         """
         from hetkd.training.evaluate import evaluate
 
-        self._move_to_accelerator()
+        self.move_to_accelerator()
         loading: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "unreadable": unreadable}
         return evaluate(self, data, role=role, keys=Keys(image_key, label_key), **loading)
 
@@ -126,11 +126,12 @@ class InspectedDistillation(Distillation):
         """
         from hetkd.report import write_report
 
-        self._move_to_accelerator()
+        self.move_to_accelerator()
         keys, settings = Keys(image_key, label_key), {"method": self.method.settings(), **self.trained}
         about: dict[str, Any] = {"history": self.history, "settings": settings, "baseline": baseline}
         return write_report(self, val, Path(path).expanduser(), keys=keys, most_images=most_images, **about)
 
-    def _move_to_accelerator(self) -> None:
+    def move_to_accelerator(self) -> None:
+        """Move to where `fit` would train; without an accelerator everything stays."""
         if torch.accelerator.is_available():
             self.to(torch.accelerator.current_accelerator())

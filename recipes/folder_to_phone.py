@@ -24,6 +24,7 @@ from torch import nn
 
 import hetkd
 from hetkd.data import load_images, load_splits
+from hetkd.data.folders import picture_files
 from hetkd.models import build_small, load_weights
 
 ASSETS = Path(__file__).parent / "assets"
@@ -52,12 +53,13 @@ def main() -> None:
     console.print(f"\n{taught.plan}\n")
     for name, distiller in (("alone", alone), ("student", taught)):
         distiller.fit(train, val, output_dir=output / name, resume=True, **training(arguments))
+        load_weights(distiller.student, output / name / "best.safetensors")
 
     student = hetkd.load_student(output / "student" / "best.safetensors")
     exact = hetkd.export(student, output / "student.onnx", images=val)
     small = hetkd.export(student, output / "student-int8.onnx", images=val, calibration=train, int8=True)
     print_table(teacher, {"student alone": alone, "student taught": taught}, {"ONNX": exact, "ONNX, int8": small}, val)
-    picture = next(path for path in sorted(val.rglob("*")) if path.is_file())
+    picture = picture_files(val)[0]
     console.print(f"\n{picture} by onnxruntime alone: {name_by_onnxruntime(output / 'student-int8.onnx', picture)}")
     console.print(f"whole run: {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads")
 

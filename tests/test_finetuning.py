@@ -5,6 +5,7 @@ import timm
 import torch
 import torchvision
 from conftest import tiny_cnn, tiny_vit
+from PIL import Image
 from torch import nn
 from training_runs import QUIET
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
@@ -12,10 +13,9 @@ from transformers_models import HUGGING_FACE
 
 import hetkd
 from hetkd import Distiller, finetune, finetuning
-from hetkd.data.samples import Keys
-from hetkd.finetuning import fit_classifier, logistic_regression
 from hetkd.models import save_model
 from hetkd.models.heads import WithHead, with_classes
+from hetkd.training.classifier import fit_classifier, logistic_regression
 
 
 def colours(count: int = 60, classes: int = 3, pixels: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ def test_only_the_classifier_changes_when_it_comes_first():
     torch.manual_seed(0)
     distiller = Distiller(None, tiny_vit(num_classes=3), "ce", input_size=32)
     before = {name: x.clone() for name, x in distiller.student.state_dict().items()}
-    fit_classifier(distiller, colours(), Keys(), batch_size=20, num_workers=0)
+    fit_classifier(distiller, [colours()])
     after = distiller.student.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["head.weight", "head.bias"]
     assert distiller.evaluate(colours())["top1"] > 80
@@ -168,3 +168,77 @@ def test_a_new_head_replaces_an_old_one_of_another_size():
     assert isinstance(with_classes(Backbone(), 5, None, example), WithHead)
     with pytest.raises(ValueError, match="no layer of its 12 classes"):
         with_classes(nn.Sequential(nn.Flatten(), nn.Identity()), 5, 12, example)
+
+
+def photos(root, names="abc", count=6):
+    """Folders of pictures, a colour a class."""
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            colour = [10 * index] * 3
+            colour[number % 3] = 220
+            Image.new("RGB", (40, 40), tuple(colour)).save(root / name / f"{index}.png")
+    return root
+
+
+def test_names_are_those_of_the_folders_whatever_the_model_knew(tmp_path):
+    train = photos(tmp_path / "train")
+    known = Distiller(None, tiny_cnn(num_classes=3), "ce", input_size=32)
+    known.class_names = ["c", "b", "a"]
+    known.save_student(tmp_path / "known.safetensors")
+    found = finetune(str(tmp_path / "known.safetensors"), train, train, epochs=0, output_dir=tmp_path, **QUIET)
+    assert found.top1 == 100
+    student = hetkd.load_student(found.path)
+    assert student.classes == ["a", "b", "c"]
+    assert [student.predict(train / name / "0.png").label for name in "abc"] == ["a", "b", "c"]
+
+
+def test_a_model_that_is_there_is_not_overwritten_and_errors_come_first(tmp_path, capsys):
+    data = colours()
+    options = {"epochs": 0, "output_dir": tmp_path, "input_size": 32, **QUIET}
+    finetune(tiny_cnn(), data, data, **options)
+    capsys.readouterr()
+    with pytest.raises(FileExistsError, match="go on with resume=True"):
+        finetune(tiny_cnn(), data, data, **options)
+    with pytest.raises(ValueError, match="'learning_rate': it is called 'lr' here"):
+        finetune(tiny_cnn(), data, data, **{**options, "output_dir": tmp_path / "other"}, learning_rate=1)
+    assert "classifier alone" not in capsys.readouterr().out
+
+
+def test_what_was_fitted_first_is_there_after_a_crash(tmp_path, monkeypatch):
+    data, options = colours(), {"batch_size": 20, "output_dir": tmp_path, "input_size": 32, **QUIET}
+
+    def crash(*arguments, **more):
+        raise RuntimeError("power")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "fit", crash)
+        with pytest.raises(RuntimeError, match="power"):
+            finetune(tiny_vit(), data, data, epochs=1, **options)
+    worse = {"lr": 3.0, "layer_decay": None, "clip_grad": None, "warmup_epochs": 0.0}
+    first = finetune(tiny_vit(), data, data, epochs=1, resume=True, **worse, **options)
+    assert first.history[-1]["top1"] < first.top1  # the classifier alone, from disk
+    again = finetune(tiny_vit(), data, data, epochs=1, resume=True, **worse, **options)
+    assert again.top1 == first.top1
+    assert torch.equal(again.model.head.weight, first.model.head.weight)
+
+
+def test_more_epochs_go_on_at_the_rate_of_before(tmp_path):
+    data, options = colours(), {"batch_size": 20, "output_dir": tmp_path, "input_size": 32, **QUIET}
+    finetune(tiny_cnn(), data, data, epochs=1, **options)
+    assert len(finetune(tiny_cnn(), data, data, epochs=2, resume=True, **options).history) == 2
+
+
+def test_unreadable_pictures_are_skipped_in_both_parts(tmp_path):
+    train = photos(tmp_path / "train")
+    (train / "b" / "2.png").write_bytes(b"no picture")
+    options = {"epochs": 1, "batch_size": 4, "input_size": 32, **QUIET}
+    with pytest.raises(OSError, match=r"2\.png"):
+        finetune(tiny_cnn(), train, train, output_dir=tmp_path / "one", **options)
+    found = finetune(tiny_cnn(), train, train, output_dir=tmp_path / "two", unreadable="skip", **options)
+    assert found.top1 is not None
+
+
+def test_small_sets_are_given_time(tmp_path):
+    assert finetuning._patience(2) == 30
+    assert finetuning._patience(None) == finetuning._patience(100) == 3

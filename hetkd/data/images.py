@@ -129,7 +129,11 @@ class TransformedImages(Dataset[Any]):
     def leave_out(self, indices: Iterable[int]) -> None:
         """Leave images out, before any loader is iterated."""
         left_out = set(indices)
-        self.dataset = Subset(self.dataset, [index for index in range(len(self)) if index not in left_out])
+        self.keep([index for index in range(len(self)) if index not in left_out])
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep these images alone, before any loader is iterated."""
+        self.dataset = Subset(self.dataset, indices)
         self.unreadable = torch.zeros(len(self.dataset), dtype=torch.bool).share_memory_()
 
     def order_classes(self, classes: Sequence[str], other: str, what: str) -> list[str]:

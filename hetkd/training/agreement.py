@@ -19,6 +19,7 @@ from hetkd.models.wrappers import tapped_module
 from hetkd.training.signals import quietly
 
 MOST_IMAGES = 4096
+NOTHING_TO_AGREE_WITH = "val has neither labels nor a teacher to agree with (it is cached): give it labels."
 _NEIGHBOURS, _TEMPERATURE = 20, 0.07
 
 
@@ -68,7 +69,7 @@ def measure_agreement(
 def _metrics(labels: Tensor, student: Tensor, teachers: list[Tensor], *, by_class: bool) -> dict[str, float]:
     is_labelled = labels.ndim == 1 and bool((labels >= 0).all())
     if not (teachers or is_labelled):
-        raise ValueError("val has neither labels nor a teacher to agree with (it is cached): give it labels.")
+        raise ValueError(NOTHING_TO_AGREE_WITH)
     values = [same_class(student, x) if by_class else linear_cka(student, x) for x in teachers]
     metrics = {"agreement": 100 * sum(values) / len(values)} if values else {}
     if is_labelled and not by_class:

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hetkd.data.images import TransformedImages, has_labels, length, make_loader
+from hetkd.data.images import TensorImages, TransformedImages, has_labels, length, make_loader
 from hetkd.data.samples import Keys, images_and_labels
 from hetkd.data.seeding import generators_kept
+from hetkd.data.survey import spread
 from hetkd.data.survey import unreadable as unreadable_among
 from hetkd.distillation import Distillation
 from hetkd.features.hooks import eval_mode
 from hetkd.models.inputs import check_images, check_labels
-from hetkd.training.agreement import measure_agreement
+from hetkd.training.agreement import MOST_IMAGES, NOTHING_TO_AGREE_WITH, measure_agreement
 from hetkd.training.classes import names_of_model
 from hetkd.training.signals import quietly
 from hetkd.utils.checks import choice
@@ -124,28 +125,46 @@ def eval_loader(
     Raises:
         ValueError: If labels teach the student, but the data have none.
     """
-    spec, size = distillation.student_inputs.spec, distillation.student_inputs.size
-    loader = make_loader(
-        data,
-        what="val",
-        spec=spec,
-        size=size,
-        batch_size=batch_size,
-        train=False,
-        num_workers=num_workers,
-        keys=keys,
-    )
+    loader = _plain_loader(distillation, data, distillation.student_inputs.size, batch_size, num_workers, keys)
+    by_accuracy = is_measured_by_accuracy(distillation, loader)
+    if not by_accuracy:  # teachers see these images too
+        loader = _plain_loader(distillation, data, distillation.loading_size, batch_size, num_workers, keys)
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, TransformedImages):
         notes += dataset.notes
         names = distillation.class_names
         if names is None and dataset.class_names is not None:
             names = names_of_model(dataset.class_names, distillation.student_tap, strict=False)
-        if names is not None:
+        if names is not None and by_accuracy:
             missing = dataset.order_classes(names, "train", "val")
             notes += [f"val has no images of {len(missing)} classes: {', '.join(missing[:10])}"] if missing else []
-    is_measured_by_accuracy(distillation, loader)
+    if not by_accuracy:
+        _prepare_for_agreement(distillation, loader)
     return loader
+
+
+def _plain_loader(
+    distillation: Distillation, data: Any, size: tuple[int, int], batch_size: int, num_workers: int, keys: Keys
+) -> Iterable[Any]:
+    loading: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "keys": keys}
+    return make_loader(data, what="val", spec=distillation.student_inputs.spec, size=size, train=False, **loading)
+
+
+def _prepare_for_agreement(distillation: Distillation, loader: Any) -> None:
+    """Leave as many images as are looked at, evenly spread.
+
+    Raises:
+        ValueError: If there is neither a teacher to agree with nor a label.
+    """
+    if not (distillation.teachers.live or _has_labels(loader)):
+        raise ValueError(NOTHING_TO_AGREE_WITH)
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, TransformedImages) and len(dataset) > MOST_IMAGES:
+        dataset.keep(spread(len(dataset), MOST_IMAGES))
+    elif isinstance(dataset, TensorImages) and len(dataset) > MOST_IMAGES:
+        chosen = spread(len(dataset), MOST_IMAGES)
+        dataset.images, labels = dataset.images[chosen], dataset.labels
+        dataset.labels = None if labels is None else labels[chosen]
 
 
 def leave_unreadable_out(loader: Iterable[Any], notes: list[str]) -> None:

@@ -64,7 +64,7 @@ def remarks(distillation: Distillation, surveys: Sequence[Survey]) -> list[str]:
     classes, used = distillation.classes, train.used
     there = 0 if train.counts is None or not distillation.method.ce_weight else len(train.counts)
     if classes is not None and there > classes:
-        raise ValueError(f"train has {there} classes, but the student has {classes}: give it num_classes={there}.")
+        raise ValueError(f"train has {there} classes, but the student has {classes} classes: num_classes={there}.")
     is_by_name = distillation.class_names is not None and len(distillation.class_names) == classes
     counts = used is not None and distillation.method.ce_weight > 0 and not is_by_name
     if counts and classes is not None and used is not None and classes >= max(_SEVERAL, used * _FEW_IN_USE):

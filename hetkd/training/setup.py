@@ -53,8 +53,8 @@ def set_up(
     _refuse_presets_on_normalized(options, whole)
     _weigh_classes(whole, options, getattr(train_loader, "dataset", None), accelerator.device)
     mixing = TargetMaker(options, whole.classes)
-    if accelerator.is_fsdp2 and val_loader is not None:
-        _refuse_under_fsdp(whole, val_loader)
+    if accelerator.num_processes > 1 and val_loader is not None:
+        _refuse_in_processes(whole, val_loader, sharded=accelerator.is_fsdp2)
     batches = Batches(train_loader, whole, mixing, options, accelerator, cache)
     epochs = _whole_epochs(epochs, options, batches.count)
     place_teachers(whole.teachers, options.teacher_placement, accelerator)
@@ -130,10 +130,11 @@ def _refuse_presets_on_normalized(options: TrainingOptions, distillation: Distil
         )
 
 
-def _refuse_under_fsdp(distillation: Distillation, val: Iterable[Any]) -> None:
-    if not isinstance(val, DataLoader):
-        raise ValueError("val must be data or a DataLoader under FSDP, whose processes evaluate in step.")
-    if not is_measured_by_accuracy(distillation, val):
+def _refuse_in_processes(distillation: Distillation, val: Iterable[Any], *, sharded: bool) -> None:
+    by_accuracy = is_measured_by_accuracy(distillation, val)
+    if not isinstance(val, DataLoader) and (sharded or not by_accuracy):
+        raise ValueError("val must be data or a DataLoader here, so that all processes evaluate in step.")
+    if sharded and not by_accuracy:
         raise ValueError("without labels that teach, no student is measured under FSDP: leave val out.")
 
 

@@ -1,5 +1,6 @@
 """Sums, concatenations and agreements over all processes; no-ops in a single process."""
 
+import os
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ def world_size() -> int:
 
 
 def is_first_process() -> bool:
-    """Say whether this is the process that writes files."""
-    return world_size() == 1 or dist.get_rank() == 0
+    """Say whether this is the process that writes files, also before the processes know of each other."""
+    return dist.get_rank() == 0 if world_size() > 1 else os.environ.get("RANK", "0") == "0"
 
 
 def largest_of_processes(value: int, device: torch.device) -> int:

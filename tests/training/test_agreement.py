@@ -87,3 +87,39 @@ def test_patience_counts_agreement_too():
     options = {"epochs": 9, "patience": 1, "batch_size": 8, "lr": 1e-12, "min_lr": 0.0}
     result = learns_features().fit(images, images, **options, **QUIET)
     assert len(result.history) < 9
+
+
+def test_images_of_all_classes_are_looked_at(monkeypatch):
+    from hetkd.training import agreement, evaluate
+
+    monkeypatch.setattr(agreement, "MOST_IMAGES", 10)
+    monkeypatch.setattr(evaluate, "MOST_IMAGES", 10)
+    seen = []
+    monkeypatch.setattr(agreement, "neighbours_accuracy", lambda x, labels: seen.append(labels) or 0.5)
+    images, _ = bright_or_dark(40)
+    learns_features().evaluate((images, torch.arange(40) // 8))  # sorted by class, as folders are
+    assert set(seen[0].tolist()) == set(range(5))
+
+
+def test_teachers_see_the_images_at_their_own_size(tmp_path):
+    for index in range(6):
+        Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / f"{index}.png")
+    distiller = Distiller(
+        tiny_vit(img_size=64), tiny_cnn(), "fitnet", ce_weight=0, kd_weight=0, input_size={"teacher": 64, "student": 32}
+    )
+    seen = []
+    run = distiller.taps["teacher"].prepare
+    distiller.taps["teacher"].prepare = lambda images: seen.append(images.shape[-1]) or run(images)
+    distiller.evaluate(tmp_path)
+    assert seen == [64]
+
+
+def test_nothing_to_agree_with_is_said_before_any_training(tmp_path):
+    images, _ = bright_or_dark(16)
+    learns_features(stages=[0]).cache_teacher(images, tmp_path / "cache", progress=False)
+    options = {"ce_weight": 0, "kd_weight": 0, "stages": [0], "input_size": 32}
+    alone = Distiller(f"cache:{tmp_path / 'cache'}", tiny_cnn(), "fitnet", **options)
+    before = {name: x.clone() for name, x in alone.student.state_dict().items()}
+    with pytest.raises(ValueError, match="neither labels nor a teacher"):
+        alone.fit(images, images, epochs=1, batch_size=8, **QUIET)
+    assert all(torch.equal(x, before[name]) for name, x in alone.student.state_dict().items())

@@ -211,3 +211,21 @@ def test_outputs_without_images_are_a_warning():
     images, labels = bright_or_dark(24)
     with pytest.warns(RuntimeWarning, match="images of 10 of the student's 1,000 classes"):
         distiller.fit((images, labels), epochs=1, batch_size=8, **QUIET)
+
+
+def test_more_classes_than_the_student_has_are_refused_at_once(folders, capsys):
+    distiller = Distiller(None, tiny_cnn(num_classes=3), "ce", input_size=32)
+    assert any(
+        "train has 4 classes, but the student has 3" in each for each in distiller.check(folders / "train").problems
+    )
+    with pytest.raises(ValueError, match="classes: num_classes=4"):
+        distiller.fit(folders / "train", epochs=1, batch_size=8, **QUIET)
+
+
+def test_a_check_leaves_the_classes_open(folders):
+    teacher = load_model("timm:test_vit", pretrained=False)
+    distiller = Distiller(teacher, "timm:test_resnet", "fitnet", kd_weight=0, input_size=64)
+    images = torch.rand(8, 3, 64, 64)
+    distiller.check((images, torch.arange(8) % 3))
+    distiller.fit((images, torch.arange(8) % 4), epochs=1, batch_size=8, **QUIET)
+    assert distiller.classes == 4
