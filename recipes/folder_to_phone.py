@@ -42,14 +42,13 @@ def main() -> None:
         photos, model = write_photos(output / "photos"), embedded_teacher()
     train, val = photos / "train", photos / "val"
 
+    alone = make_distiller(None, "ce", arguments)
+    if alone.check(train, val).problems:
+        raise SystemExit("folder_to_phone.py: mend these problems first, or run again with clean folders.")
     teacher = hetkd.finetune(
         model, train, val, weights=arguments.weights, epochs=arguments.teacher_epochs, output_dir=output, resume=True
     )
-    alone = make_distiller(None, "ce", arguments)
     taught = make_distiller(teacher.model, arguments.method, arguments)
-    found = taught.check(train, val)
-    if found.problems:
-        raise SystemExit("folder_to_phone.py: mend these problems first, or run again with clean folders.")
     console.print(f"\n{taught.plan}\n")
     for name, distiller in (("alone", alone), ("student", taught)):
         distiller.fit(train, val, output_dir=output / name, resume=True, **training(arguments))
