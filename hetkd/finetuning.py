@@ -94,8 +94,8 @@ def finetune(
     early ones at lower rates. Crops and evaluation are those of `hetkd.Distiller.fit`.
 
     Args:
-        model: ``"timm:NAME"``, ``"hf:ORG/NAME"``, ``"torchvision:NAME"`` with pretrained weights, a file that hetkd
-            saved, or any ``nn.Module``, with a classifier of any number of classes or without one.
+        model: ``"timm:NAME"``, ``"hf:ORG/NAME"``, ``"torchvision:NAME"`` with pretrained weights, a file of hetkd, or
+            any ``nn.Module``, with a classifier of any number of classes or without one.
         train: As for `hetkd.Distiller.fit`.
         val: The same; the best epoch on it is kept, and three without a better one (or 60 steps) end the training.
         num_classes: ``None``: of the labels of ``train``.
@@ -127,11 +127,13 @@ def finetune(
     _check(path, chosen, resume=resume)
     if not chosen.get("cpu"):
         distiller.move_to_accelerator()
-    top1 = _head(distiller, train, val, path.with_suffix(".head.safetensors"), keys, chosen)
+    head = path.with_suffix(".head.safetensors")
+    if not resume:  # it may be of other data, of a call that came no further
+        head.unlink(missing_ok=True)
+    top1 = _head(distiller, train, val, head, keys, chosen)
     history: list[dict[str, float]] = []
     if epochs:
         history, top1 = _fit_all(distiller, train, val, top1, path, epochs=epochs, resume=resume, **chosen)
-    distiller.trained = {"finetuned": True, "epochs": len(history), "top1": top1}
     return _finished(distiller, path, top1, history)
 
 
@@ -142,6 +144,7 @@ def _check(path: Path, options: dict[str, Any], *, resume: bool) -> None:
 
 
 def _finished(distiller: Distiller, path: Path, top1: float | None, history: list[dict[str, float]]) -> Finetuned:
+    distiller.trained = {"finetuned": True, "epochs": len(history), "top1": top1}
     found = Finetuned(distiller.student.eval(), path, top1, history)
     if is_first_process():
         distiller.save_student(path)

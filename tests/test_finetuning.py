@@ -223,6 +223,15 @@ def test_what_was_fitted_first_is_there_after_a_crash(tmp_path, monkeypatch):
     assert torch.equal(again.model.head.weight, first.model.head.weight)
 
 
+def test_a_classifier_of_other_data_is_not_taken_over(tmp_path, monkeypatch):
+    images, labels = colours()
+    options = {"epochs": 0, "output_dir": tmp_path, "input_size": 32, **QUIET}
+    finetune(tiny_vit(), (images, (labels + 1) % 3), **options)
+    (tmp_path / "vit_tiny_patch16_224.safetensors").unlink()  # as if it had come no further
+    assert (tmp_path / "vit_tiny_patch16_224.head.safetensors").exists()
+    assert finetune(tiny_vit(), (images, labels), (images, labels), **options).top1 > 80
+
+
 def test_more_epochs_go_on_at_the_rate_of_before(tmp_path):
     data, options = colours(), {"batch_size": 20, "output_dir": tmp_path, "input_size": 32, **QUIET}
     finetune(tiny_cnn(), data, data, epochs=1, **options)
