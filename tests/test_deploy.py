@@ -59,6 +59,7 @@ def test_onnx_answers_as_pytorch_with_any_number_of_images(tmp_path, make):
     assert sorted(file.name for file in tmp_path.iterdir()) == left
 
 
+@pytest.mark.slow
 def test_a_hugging_face_student_and_a_distiller_are_exported(tmp_path):
     report = export(student_file(tmp_path, hugging_face()), tmp_path / "new" / "hf.onnx")
     assert report.largest_difference < 1e-4
@@ -87,6 +88,7 @@ def test_without_preprocessing_it_takes_normalised_floats(tmp_path):
     np.testing.assert_allclose(theirs, distillation.predict(images).detach().softmax(1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_int8_is_calibrated_and_its_accuracy_reported(tmp_path):
     for number, name in enumerate(NAMES):
         for index in range(4):

@@ -59,7 +59,7 @@ def test_energies_tell_smooth_maps_from_rough_ones():
     assert all(sum(shares) == pytest.approx(1) for shares in found.values())
 
 
-@pytest.mark.parametrize("classes", [2, 60])
+@pytest.mark.parametrize("classes", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_page_has_everything_and_needs_nothing(tmp_path, classes):
     torch.manual_seed(0)
     images, labels = torch.rand(64, 3, 32, 32), torch.arange(64) % classes

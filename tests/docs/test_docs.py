@@ -60,6 +60,7 @@ def test_guide_of_your_photos(small_world, capsys):
 
 def test_guide_without_labels(small_world, capsys):
     (source,) = snippets("docs/guides/without-labels.md")
+    source = source.replace('"runs/few")', '"runs/few", epochs=1)')
     run(source.replace("photos/unlabelled", "photos/train/a").replace("photos/few", "photos/train"))
     assert "nearest neighbours' top-1" in capsys.readouterr().out
 

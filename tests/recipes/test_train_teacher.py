@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 from conftest import tiny_cnn
 from PIL import Image
@@ -25,6 +26,7 @@ def recipe(*words, cwd):
     return finish([sys.executable, str(RECIPES / "train_teacher.py"), *map(str, words)], 200, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_fine_tuned_from_a_file_and_loads_by_its_path(tmp_path):
     torch.manual_seed(0)
     save_model(tiny_cnn(num_classes=7), tmp_path / "w.safetensors")

@@ -307,6 +307,7 @@ distiller.fit(Slow(), epochs=50, batch_size=4, output_dir={output!r}, callbacks=
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_ends_without_a_traceback(tmp_path):
     code = SCRIPT.format(tests=str(REPOSITORY / "tests"), output=str(tmp_path / "run"))
     process = subprocess.Popen(
