@@ -10,6 +10,7 @@ import torch
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:train has images of")  # the shortest form has a few images
 def test_bench_of_runs(tmp_path):
     import bench
     import runs
