@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from hetkd.data.images import TensorImages, TransformedImages, length, make_dataset, make_loader
 from hetkd.data.labels import known_labels
@@ -118,10 +117,10 @@ def finetune(
         >>> finetune("timm:vit_small_patch14_dinov2", "photos/train", "photos/val")  # doctest: +SKIP
     """
     keys = Keys(options.get("image_key"), options.get("label_key"))
-    distiller = _distiller(model, num_classes or _classes_of(train, keys), weights, input_size)
-    path = Path(output_dir).expanduser() / f"{_file_name(distiller.student)}.safetensors"
     chosen = {**_DEFAULTS, **options}
-    steps = _steps_an_epoch(train, keys, chosen["batch_size"])
+    classes, steps = _facts(train, keys, chosen["batch_size"])
+    distiller = _distiller(model, num_classes or classes, weights, input_size)
+    path = Path(output_dir).expanduser() / f"{_file_name(distiller.student)}.safetensors"
     epochs = _epochs(epochs, steps)
     chosen = {**_schedule(epochs, steps, path), **({} if val is None else {"patience": _patience(steps)}), **chosen}
     _check(path, chosen, resume=resume)
@@ -190,8 +189,16 @@ def _fit_all(
     return result.history, result.best.get("top1")
 
 
-def _distiller(model: str | nn.Module, classes: int, weights: str | Path | None, input_size: Size | None) -> Distiller:
-    """Return a distiller whose student is the model, with so many classes."""
+def _distiller(
+    model: str | nn.Module, classes: int | None, weights: str | Path | None, input_size: Size | None
+) -> Distiller:
+    """Return a distiller whose student is the model, with so many classes.
+
+    Raises:
+        ValueError: If their number is unknown.
+    """
+    if classes is None:
+        raise ValueError("the classes of train are unknown before it is iterated: say num_classes=...")
     built = _built(model, classes, weights, input_size)
     tap = Tap("student", built, input_size, None)
     outputs = tap.classes if tap.classes is None or _has_classifier(built) else None
@@ -275,23 +282,15 @@ def _has_classifier(model: nn.Module) -> bool:
     return tap.classes is not None
 
 
-def _steps_an_epoch(train: Any, keys: Keys, batch_size: int) -> int | None:
-    if isinstance(train, DataLoader):
-        return length(train)
-    spec = InputSpec(3, (32, 32), IMAGENET_MEAN, IMAGENET_STD)
-    images = length(make_dataset(train, what="train", spec=spec, size=spec.size, train=False, keys=keys))
-    return None if images is None else max(1, images // batch_size)
-
-
-def _classes_of(train: Any, keys: Keys) -> int:
+def _facts(train: Any, keys: Keys, batch_size: int) -> tuple[int | None, int | None]:
+    """Return the number of classes and of steps an epoch, as far as they are known before the data are iterated."""
     spec = InputSpec(3, (32, 32), IMAGENET_MEAN, IMAGENET_STD)
     dataset = make_dataset(train, what="train", spec=spec, size=spec.size, train=False, keys=keys)
-    if isinstance(dataset, TransformedImages) and dataset.class_names:
-        return len(dataset.class_names)
-    labels = known_labels(dataset) if isinstance(dataset, (TransformedImages, TensorImages)) else None
-    if labels is None:
-        raise ValueError("the classes of train are unknown before it is iterated: say num_classes=...")
-    return int(labels.max()) + 1
+    if not isinstance(dataset, (TransformedImages, TensorImages)):
+        return None, length(dataset)  # a loader's
+    names, labels = getattr(dataset, "class_names", None), known_labels(dataset)
+    known = len(names) if names else None if labels is None else int(labels.max()) + 1
+    return known, max(1, len(dataset) // batch_size)
 
 
 def _epochs(epochs: int | None, steps: int | None) -> int:

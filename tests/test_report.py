@@ -68,7 +68,9 @@ def test_a_page_has_everything_and_needs_nothing(tmp_path, classes):
     with pytest.warns(RuntimeWarning, match="chance"):
         distiller.fit((images, labels), (images, labels), epochs=2, batch_size=16, **QUIET)
     alone = Distiller(None, tiny_cnn(num_classes=classes), "ce", input_size=32)
+    modes = [module.training for module in distiller.student.modules()]
     path = distiller.report((images, labels), tmp_path / "pages" / "report.html", baseline=alone)
+    assert [module.training for module in distiller.student.modules()] == modes
     page = path.read_text()
     for words in (
         "student alone",

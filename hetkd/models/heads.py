@@ -75,12 +75,6 @@ def with_classes(model: Any, classes: int, outputs: int | None, example: Tensor)
     return model
 
 
-def last_linear(model: nn.Module, classes: int) -> nn.Linear | None:
-    """Return the linear layer that makes the logits, or ``None`` where the model ends otherwise."""
-    found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    return found[-1] if found else None
-
-
 def _outputs(module: nn.Module) -> int | None:
     if isinstance(module, nn.Linear):
         return module.out_features

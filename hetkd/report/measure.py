@@ -15,6 +15,7 @@ from hetkd.data.samples import Keys, images_and_labels
 from hetkd.data.survey import spread
 from hetkd.distillation import Distillation
 from hetkd.features.grid import to_grid
+from hetkd.features.hooks import eval_mode
 from hetkd.features.tap import Tap
 from hetkd.models.load import load_model
 from hetkd.spectral import dwt2
@@ -143,10 +144,11 @@ def stage_maps(tap: Tap, images: Tensor) -> dict[str, Tensor]:
     """Return the maps of all stages of a model, float32 on the CPU, for images ``[B, C, H, W]``."""
     names = [stage.name for stage in tap.listed]
     maps: dict[str, list[Tensor]] = {name: [] for name in names}
-    for part in images.split(_BATCH):
-        x = tap.prepare(part.to(tap.device))
-        for name, found in zip(names, tap.adapter.run(tap.model.eval(), x, names).maps, strict=True):
-            maps[name].append(to_grid(found.float(), (_GRID, _GRID)).cpu())
+    with eval_mode(tap.model):
+        for part in images.split(_BATCH):
+            x = tap.prepare(part.to(tap.device))
+            for name, found in zip(names, tap.adapter.run(tap.model, x, names).maps, strict=True):
+                maps[name].append(to_grid(found.float(), (_GRID, _GRID)).cpu())
     return {name: torch.cat(parts) for name, parts in maps.items()}
 
 

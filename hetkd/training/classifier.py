@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hetkd.data.samples import images_and_labels
 from hetkd.distillation import Distillation
-from hetkd.models.heads import last_linear
+from hetkd.features.hooks import find_classifier
 
 _DECAYS, _AS_GOOD = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 0.01
 
@@ -24,8 +24,8 @@ def fit_classifier(distiller: Distillation, images: Iterable[Any]) -> None:
         images: Batches of images and labels.
     """
     classes = distiller.classes or 0
-    layer = last_linear(distiller.student, classes)
-    if layer is None:
+    layer = find_classifier(distiller.student_tap.model)
+    if not isinstance(layer, nn.Linear) or layer.out_features != classes:
         return
     x, y = _inputs_of(layer, distiller, images)
     asked = torch.arange(len(y)) % 10 == 0
