@@ -41,7 +41,7 @@ from hetkd.models import list_models, load_model
 from hetkd.speed import Speed
 from hetkd.student import Prediction, Student, load_student
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AT",

@@ -28,6 +28,7 @@ from hetkd.methods.common.method import methods
 from hetkd.models.load import list_models
 from hetkd.student import load_student
 from hetkd.training.options import TrainingOptions
+from hetkd.utils.docstrings import described
 
 _SHOWN = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 """Errors whose message is for a person; the others are faults, and come with their traceback."""
@@ -35,7 +36,7 @@ _SHOWN = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit status; ``words`` stand for the command line."""
-    arguments = vars(_parser(list(sys.argv[1:] if words is None else words)).parse_args(words))
+    arguments = vars(parser(list(sys.argv[1:] if words is None else words)).parse_args(words))
     run: Callable[..., int | None] = arguments.pop("run")
     try:
         status = run(**arguments)
@@ -100,10 +101,11 @@ def _models(pattern: str) -> None:
     print("\n".join(list_models(pattern)))
 
 
-def _parser(words: list[str]) -> argparse.ArgumentParser:
+def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of all commands; ``words`` say whose method's options there are, SFKD's if none."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("hetkd", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    whole = argparse.ArgumentParser("hetkd", description=__doc__, formatter_class=raw)
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., int | None], words: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=words, description=words)
@@ -111,11 +113,11 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
         return made
 
     method = next((b for a, b in pairwise(words) if a == "--method" and b in methods.names()), "sfkd")
-    for name, run, described in (
+    for name, run, summary in (
         ("check", check, "look at data and models before training"),
         ("distil", distil, "train a student by a teacher"),
     ):
-        one = command(name, run, described)
+        one = command(name, run, summary)
         for argument in ("teacher", "student", "train"):
             one.add_argument(argument)
         one.add_argument("val", nargs="?")
@@ -156,7 +158,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
 
     one = command("models", _models, "list the names of models")
     one.add_argument("pattern", nargs="?", default="*", help="with * and ?, as in 'timm:*mobile*'")
-    return parser
+    return whole
 
 
 def _signature(function: Any) -> Mapping[str, inspect.Parameter]:
@@ -165,12 +167,12 @@ def _signature(function: Any) -> Mapping[str, inspect.Parameter]:
 
 def _add_options(parser: argparse.ArgumentParser, function: Any, without: Sequence[str] = ()) -> None:
     """Add a flag for each parameter of a function or class, with the words of its docstring."""
-    described = _described(function)
+    descriptions = described(function)
     group = parser.add_argument_group(getattr(function, "__qualname__", "options").replace("_", " "))
     for name, parameter in _signature(function).items():
         if name in ("self", *without):
             continue
-        flag, words = f"--{name.replace('_', '-')}", described.get(name, "").replace("%", "%%")
+        flag, words = f"--{name.replace('_', '-')}", descriptions.get(name, "").replace("``", "").replace("%", "%%")
         if isinstance(parameter.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=words)
             continue
@@ -184,18 +186,6 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _described(function: Any) -> dict[str, str]:
-    """Return what the docstring of a function, or of a class and its bases, says of arguments and attributes."""
-    bases = function.__mro__ if isinstance(function, type) else (function,)
-    found: dict[str, str] = {}
-    for base in reversed(bases):
-        text = inspect.getdoc(base) or ""
-        for section in re.findall(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", text, flags=re.MULTILINE):
-            entries = re.findall(r"^    (\w+): ((?:.*\n?)(?:^        .*\n?)*)", section, flags=re.MULTILINE)
-            found |= {name: " ".join(words.split()).replace("``", "") for name, words in entries}
-    return found
 
 
 if __name__ == "__main__":

@@ -83,14 +83,14 @@ def export(
     Class names and preprocessing are in the metadata of an ONNX file, and in ``hetkd.json`` within a ``.pt2``.
 
     Args:
-        student: That `hetkd.load_student` returns, the path of one, or a distiller.
+        student: A student of `hetkd.load_student`, its path, or a distiller.
         path: ``FILE.onnx`` (needs ``pip install "hetkd[export]"``) or ``FILE.pt2``.
-        images: Pictures on which both answer: a folder, a dataset, tensors; with labels both accuracies are reported.
-            ``None``: those of ``calibration``, or noise, which proves that the graph is right, and nothing of accuracy.
+        images: Pictures on which the file is compared with PyTorch: a folder, a dataset, tensors; with labels both
+            accuracies are reported. ``None``: those of ``calibration``, or noise, which proves the graph, not accuracy.
         int8: Quantise weights and activations by onnxruntime; ONNX only.
-        calibration: Pictures that int8 is calibrated on; ``None``: ``images``.
-        preprocess: Have the graph take uint8 ``[B, C, H, W]``; otherwise float, normalised already.
-        most_images: How many of each are used, evenly spread.
+        calibration: Pictures on which int8 is calibrated; ``None``: ``images``.
+        preprocess: Build the normalisation in: the graph takes uint8 ``[B, C, H, W]``, otherwise normalised floats.
+        most_images: Number of images used for each of both, evenly spread.
 
     Returns:
         What was measured.

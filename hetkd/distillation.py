@@ -159,7 +159,7 @@ class Distillation(nn.Module):
 
         Features between blocks are tapped as before, and equal blocks share one compilation. Evaluation, DDP and saved
         weights do not change. It takes a minute before the first step; whether it pays depends on the device
-        (``docs/performance.md``).
+        (``docs/research/performance.md``).
 
         Args:
             **options: Options of ``torch.compile``: ``mode``, ``backend``, ``dynamic`` (here ``False`` by default), ...

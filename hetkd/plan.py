@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from hetkd.utils.notebook import table
+
+_HEADER = ("stage", "teacher", "shape", "student", "shape", "match", "added parameters")
+
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -46,8 +50,20 @@ class Plan:
     inputs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        header = ("stage", "teacher", "shape", "student", "shape", "match", "added parameters")
-        body = [
+        lines = [_HEADER, *self._cells]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+        texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        rule = "  ".join("-" * width for width in widths)
+        shown = [texts[0].rstrip(), rule, *(line.rstrip() for line in texts[1:])]
+        return "\n".join([self.title, *self.inputs, "", *shown, "", self._sum])
+
+    def _repr_html_(self) -> str:
+        """Return the same for notebooks."""
+        return table(_HEADER, self._cells, "\n".join([self.title, *self.inputs]), self._sum)
+
+    @property
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
             (
                 row.stage,
                 row.teacher,
@@ -59,15 +75,11 @@ class Plan:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]
-        ]
-        rule = "  ".join("-" * width for width in widths)
+
+    @property
+    def _sum(self) -> str:
         total = f"{self.added_parameters:,} parameters are added for the training and dropped after it."
-        remark = [self.remark] if self.remark else []
-        table = [lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])]
-        return "\n".join([self.title, *self.inputs, "", *table, "", total, *remark])
+        return f"{total}\n{self.remark}" if self.remark else total
 
 
 def _shape(shape: tuple[int, ...]) -> str:

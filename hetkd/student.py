@@ -16,6 +16,7 @@ from hetkd.models.inputs import check_images
 from hetkd.models.labels import model_labels
 from hetkd.models.load import is_file, load_model
 from hetkd.utils.checks import whole_number
+from hetkd.utils.notebook import table
 
 _BATCH = 64
 
@@ -34,6 +35,11 @@ class Prediction(NamedTuple):
     label: str
     probability: float
     top: list[tuple[str, float]]
+
+    def _repr_html_(self) -> str:
+        """Return the likeliest classes as a table for notebooks."""
+        rows = [(label, f"{100 * probability:.1f} %") for label, probability in self.top]
+        return table(("class", "probability"), rows, above=self.image)
 
 
 class Student:

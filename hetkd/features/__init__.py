@@ -1,6 +1,6 @@
 """Feature maps of any model: the contract of adapters, and the parts to write one with.
 
-`adapters/README.md` shows how. Adapters import from here only.
+`docs/guides/own-adapter.md` shows how. Adapters import from here only.
 """
 
 from hetkd.features.adapter import Adapter, Features, Stage, StagePair

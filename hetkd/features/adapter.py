@@ -1,6 +1,6 @@
 """The adapter contract: how any model becomes feature maps.
 
-An adapter knows one family of models. `adapters/README.md` shows how to write one.
+An adapter knows one family of models. `docs/guides/own-adapter.md` shows how to write one.
 """
 
 from abc import ABC, abstractmethod

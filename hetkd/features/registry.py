@@ -83,7 +83,9 @@ def find_adapter(model: nn.Module) -> Adapter:
             continue
         if accepted:
             return adapter
-    raise TypeError(f"no adapter accepts {type(model).__name__}; write one (adapters/README.md). Asked: {ranked}.")
+    raise TypeError(
+        f"no adapter accepts {type(model).__name__}; write one (docs/guides/own-adapter.md). Asked: {ranked}."
+    )
 
 
 def _load_entry_points() -> None:

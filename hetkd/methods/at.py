@@ -26,7 +26,7 @@ class AT(FeatureMethod):
     pairing.
 
     Args:
-        feature_weight: Weight of the features' loss; the authors' is 1000.
+        feature_weight: Weight of the features' loss; the authors use 1000.
         **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
 
     Raises:

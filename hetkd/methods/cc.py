@@ -34,11 +34,11 @@ class CC(PooledMethod):
     The batch is that of each process.
 
     Args:
-        form: ``"neighbours"`` or ``"kernel"``.
-        feature_weight: Weight of the features' loss. ``"kernel"`` yields far smaller numbers and needs more.
-        width: Numbers compared an image, of ``"neighbours"``.
-        gamma: Of the kernel.
-        order: P, of the kernel.
+        form: ``"neighbours"``, the authors' code, or ``"kernel"``, the formula of the paper.
+        feature_weight: Weight of the features' loss. ``"kernel"`` yields far smaller values and needs a larger weight.
+        width: Length of the vectors that ``"neighbours"`` compares.
+        gamma: :math:`\gamma` of ``"kernel"``.
+        order: P of ``"kernel"``, the order of its Taylor series.
         **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 

@@ -35,10 +35,10 @@ class CRD(PooledMethod):
     the checkpoint, and is the same in all processes.
 
     Args:
-        negatives: Length of the memory.
-        width: Numbers compared an image.
-        contrast_temperature: :math:`\tau`.
-        feature_weight: Weight of the features' loss; 0.8 in the authors' runs.
+        negatives: Number of images that the memory holds.
+        width: Length of the unit vectors.
+        contrast_temperature: :math:`\tau`, which divides the similarities.
+        feature_weight: Weight of the features' loss; the authors use 0.8.
         **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 

@@ -24,11 +24,12 @@ class DIST(LogitMethod):
     The batch is that of all processes.
 
     Args:
-        beta: Weight of the correlation over classes.
-        gamma: Weight of the correlation over images.
-        scores: ``"probabilities"``, as the authors do, or ``"logits"``: then the loss is invariant to scale and shift
-            of the student's logits, and T has no effect but its square.
-        **common: Options of `Method`; ``kd_weight`` weighs both correlations together.
+        beta: Weight of the correlation over the classes of an image (inter).
+        gamma: Weight of the correlation over the images of a batch (intra).
+        scores: What correlates: ``"probabilities"``, as in the authors' code, or ``"logits"``. With logits the loss
+            ignores their scale and shift, and T acts only through its square.
+        kd_weight: Weight of both correlations together.
+        **common: ``ce_weight`` and ``temperature`` of `Method`.
     """
 
     logit_term = "dist"

@@ -27,9 +27,10 @@ class DKD(LogitMethod):
     authors raise the weight linearly over the first 20 epochs; here it is constant.
 
     Args:
-        alpha: Weight of the part on the target class.
-        beta: Weight of the part on all others.
-        **common: Options of `Method`; ``kd_weight`` weighs both parts together.
+        alpha: Weight of TCKD, the part on the target class.
+        beta: Weight of NCKD, the part on all other classes.
+        kd_weight: Weight of both parts together.
+        **common: ``ce_weight`` and ``temperature`` of `Method`.
     """
 
     logit_term = "dkd"

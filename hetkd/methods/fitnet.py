@@ -27,8 +27,8 @@ class FitNet(FeatureMethod):
     teacher's activations as they are. ``normalize="batch"``, which is not in the paper, asks for them standardised.
 
     Args:
-        normalize: ``None``: the teacher's values as they are. ``"batch"``: each standardised over the batch of all
-            processes.
+        normalize: ``None`` takes the teacher's values as they are; ``"batch"`` standardises each over the batch of all
+            processes, which is not in the paper.
         **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 

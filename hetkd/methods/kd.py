@@ -11,7 +11,7 @@ class CE(Method):
     """Cross-entropy with the labels: the student trained alone. The teacher is never run.
 
     Args:
-        ce_weight: Weight of the cross-entropy.
+        ce_weight: Weight of the cross-entropy with the labels.
     """
 
     def __init__(self, *, ce_weight: float = 1.0) -> None:
@@ -35,6 +35,7 @@ class KD(LogitMethod):
     .. math:: L = w_{ce}\,CE(z_s, y) + w_{kd}\,T^2\,KL(\sigma(z_t / T) \,\|\, \sigma(z_s / T))
 
     Args:
-        **common: Options of `Method`; a ``temperature`` of 1 is the setting of the heterogeneous-distillation
-            literature (OFA-KD, arXiv 2310.19444).
+        kd_weight: Weight of the KL divergence.
+        temperature: T; the comparisons across architectures use 1 (OFA-KD, arXiv 2310.19444), others 2 to 4.
+        **common: ``ce_weight`` of `Method`.
     """

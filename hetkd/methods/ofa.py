@@ -31,9 +31,11 @@ class OFA(FeatureMethod):
     likeliest class; without labels the teacher's stands in.
 
     Args:
-        gamma: g, of all exits and the logits.
+        gamma: g, of the exits and of the final logits; the authors use 1 to 1.5.
         kd_weight: Weight of the loss on the final logits.
-        **common: Options of `StagewiseMethod`; the authors' ``feature_weight`` for CIFAR-100 is 0.1.
+        feature_weight: Weight of the losses of the exits; the authors use 1, for CIFAR-100 0.1.
+        temperature: T, which divides all logits; there is no factor of T^2.
+        **common: ``ce_weight`` and ``stage_weights`` of `StagewiseMethod`.
     """
 
     batch_statistics = "process"

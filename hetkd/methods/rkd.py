@@ -27,9 +27,9 @@ class RKD(PooledMethod):
     cube.
 
     Args:
-        distance_weight: :math:`w_d`.
-        angle_weight: :math:`w_a`.
-        feature_weight: :math:`w_f`, of both.
+        distance_weight: :math:`w_d`, the weight of the distances.
+        angle_weight: :math:`w_a`, the weight of the angles.
+        feature_weight: :math:`w_f`, the weight of both together.
         **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 

@@ -26,8 +26,8 @@ class RSD(PooledMethod):
 
     Args:
         feature_weight: Weight of the features' loss.
-        decorrelation: :math:`\kappa`, weight of the correlations between different dimensions.
-        expansion: Width of the projector's middle, in widths of the student.
+        decorrelation: :math:`\kappa`, the weight of correlations between different dimensions.
+        expansion: Hidden width of the projector, as a multiple of the student's width.
         **common: Options of `StagewiseMethod`; the authors use no ``kd_weight``.
     """
 

@@ -33,11 +33,11 @@ class UHKD(LowFrequencyMethod):
     of all processes. Targets do not depend on the native grid, so maps of different sizes need no resampling.
 
     The loss is ``ce_weight CE + kd_weight KL + feature_weight sum over stages of weight times L``. The last stage is
-    left to KL. What each part is worth, by measurement, is in docs/results.md.
+    left to KL. docs/research/ablations.md has what each part is worth.
 
     Args:
-        expansion: Channels between two convolutions of A, in those of the student's stage; ``None``: one convolution.
-        **common: Of `LowFrequencyMethod`.
+        expansion: Channels between two convolutions of FAM, as a multiple of the student's; ``None``: one convolution.
+        **common: Options of `LowFrequencyMethod`.
 
     Raises:
         ValueError: If an option is out of range, or a stage's grid is too small for ``keep``.

@@ -17,7 +17,7 @@ from hetkd.training.look import remarks, take_classes, teachers_accuracy
 _SHOWN = 30
 
 
-@dataclass
+@dataclass(repr=False)
 class DataCheck:
     """What `hetkd.Distiller.check` found; ``print`` shows all of it.
 
@@ -34,6 +34,9 @@ class DataCheck:
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     table: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<DataCheck: {len(self.problems)} problem{'s' * (len(self.problems) != 1)}>"
 
     def __str__(self) -> str:
         """Say all of it, the problems last."""

@@ -22,10 +22,10 @@ class TrainingOptions:
     """Options of `hetkd.Distiller.fit`.
 
     Attributes:
-        batch_size: Images a step and process; a loader has its own batch size.
+        batch_size: Images per step and process; a loader has its own batch size.
         optimizer: A name of timm's optimizers (``"adamw"``, ``"sgd"``, ``"lamb"``, ...), or a class or function of
             parameter groups: ``torch.optim.RAdam``.
-        optimizer_options: Further keyword options of the optimizer, timm's or one's own: ``{"betas": (0.9, 0.95)}``.
+        optimizer_options: Further options of the optimizer: ``{"betas": (0.9, 0.95)}``.
         lr: Peak learning rate; ``None``: 1e-3 for adamw, 0.05 for sgd, 5e-3 for lamb.
         weight_decay: Decay of weights; biases and norms have none.
         layer_decay: Factor of the learning rate from each layer of the student to the one before it, for fine-tuning
@@ -41,8 +41,8 @@ class TrainingOptions:
         mixed_precision: ``"no"``, ``"bf16"``, ``"fp16"``, or ``None``: the choice of ``accelerate launch``.
         half_weights: Train a student with weights in half precision as it is; otherwise they become float32, since
             small updates would be rounded away. ``mixed_precision`` computes in half precision all the same.
-        gradient_accumulation: Batches an update.
-        clip_grad: Largest norm of the gradient, or ``None``.
+        gradient_accumulation: Batches per update of the weights.
+        clip_grad: Largest norm of the gradient; a larger one is scaled down. ``None``: no clipping.
         ema: Decay of the average of the student's weights, e.g. 0.9999; ``None``: no average.
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
@@ -55,29 +55,30 @@ class TrainingOptions:
             RandAugment and erasing), presets of kornia (`hetkd.data.augment.Augmentation`), or any function of images
             ``[B, C, H, W]`` in [0, 1], for example a ``kornia.augmentation.AugmentationSequential``.
         min_crop: Smallest share of a training picture's area that its random crop keeps; 1 crops as little as the shape
-            allows. For pictures that are loaded here; tensors and loaders are taken as they are.
-        num_workers: Loading processes; a loader has its own.
+            allows. For files and PIL images; tensors and loaders are taken as they are.
+        num_workers: Processes that load images; a loader has its own.
         image_key: Name of the images in samples that are dicts; ``None``: found by name or type.
         label_key: The same for the labels.
         unreadable: What to do with an unreadable image: ``"error"`` ends the run with its path, ``"skip"`` takes the
             next image of ``train`` instead, and counts and names the bad ones at the end of the epoch; those of ``val``
             are left out, after one pass over it.
-        seed: Seed of data order and augmentation.
+        seed: Seed of data order, augmentation and dropout.
         cpu: Train on the CPU although there is an accelerator.
-        max_steps: End after so many steps (batches) in all, though ``epochs`` would not be over; the schedule ends
-            there too. Without ``epochs`` it alone says when to end.
-        eval_every: Epochs from one evaluation to the next; the last epoch is always evaluated.
-        patience: End after so many evaluations without a better top-1 (early stopping); ``None``: never.
+        max_steps: End after so many steps (batches) in all, even if ``epochs`` would last longer; the schedule ends
+            there too. ``epochs`` is not needed then.
+        eval_every: Epochs between two evaluations; the last epoch is always evaluated.
+        patience: End after so many evaluations without a better top-1 (early stopping), or without labels a better
+            ``knn`` or ``agreement``; ``None``: never.
         callbacks: `hetkd.training.Callback` objects, or functions that are called after each epoch.
-        sync_batchnorm: Take batch norms' statistics over all processes, on GPUs.
+        sync_batchnorm: Compute the statistics of batch norms over all processes; on GPUs only.
         report: Write ``OUTPUT_DIR/report.html`` at the end, see `hetkd.Distiller.report`; needs ``val`` with labels.
-        checkpoint_steps: Steps between checkpoints within an epoch, or ``None``. A checkpoint is always written at the
-            end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
-        checkpoint_minutes: Minutes between checkpoints within an epoch, or ``None``.
+        checkpoint_steps: Steps between checkpoints within an epoch; ``None``: by minutes alone. A checkpoint is always
+            written at the end of an epoch, and when SIGTERM, SIGINT or SIGUSR1 arrives.
+        checkpoint_minutes: Minutes between checkpoints within an epoch; ``None``: no such checkpoints.
         keep_last: Number of checkpoints to keep; if the last is damaged, the one before it serves.
         keep_best: Keep the checkpoint of the best epoch too; ``best.safetensors``, its student, is always kept.
-        progress: Show a progress bar and a line an epoch.
-        log_every: Steps between readings of the loss, which look for NaN.
+        progress: Show a progress bar, and print a line after each epoch.
+        log_every: Steps between two readings of the loss, each of which looks for NaN and Inf.
         trackers: Names of Accelerate's trackers (``"tensorboard"``, ``"wandb"``, ``"mlflow"``, ...) or tracker objects:
             they get the settings, and the record of each epoch. Files go to ``output_dir``.
         teacher_cache: A folder that `hetkd.Distiller.cache_teacher` made; the teacher is not run.
@@ -85,7 +86,7 @@ class TrainingOptions:
             or weight; 0 raises at once.
         teacher_placement: ``"device"``; ``"sharded"`` over all processes, or ``"offloaded"`` to main memory, for
             teachers that do not fit: blocks move to the device only while they run; the placement lasts after ``fit``.
-        compile: Call `hetkd.Distiller.compile` before the first step.
+        compile: Compile models and method block by block before the first step (`hetkd.Distiller.compile`).
     """
 
     batch_size: int = 64

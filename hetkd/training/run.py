@@ -12,6 +12,7 @@ from hetkd.distillation import Distillation
 from hetkd.training.batches import Batches, TargetMaker
 from hetkd.training.checkpoint import RunFolder
 from hetkd.training.options import TrainingOptions
+from hetkd.utils.notebook import table
 
 _NEXT_ORDER = 1_000_003
 """Added to the seed and the number of the epoch after each return: another order of the data, the same in each run."""
@@ -38,6 +39,14 @@ class FitResult:
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     output_dir: Path | None = None
+
+    def _repr_html_(self) -> str:
+        """Return the history as a table for notebooks, with a word on the best epoch below."""
+        names = list(dict.fromkeys(name for record in self.history for name in record))
+        rows = [[f"{record[name]:.6g}" if name in record else "" for name in names] for record in self.history]
+        best = f"best epoch: {self.best['epoch']:.0f}" if "epoch" in self.best else ""
+        files = f"{self.output_dir}/best.safetensors" if self.output_dir is not None else ""
+        return table(names, rows, below="\n".join(line for line in (best, files) if line))
 
 
 @dataclass

@@ -17,7 +17,7 @@ median lies with 95 % confidence, `ratio_quartiles` those of the single rounds; 
 memory, with weights and optimizer; `operations` is how many of PyTorch's operations a step runs, views aside, which is
 what a GPU's launches go by; the phases say where the milliseconds go. On the CPU the allocator
 should keep freed memory, for otherwise each contender pays for page faults by luck: set `MALLOC_MMAP_MAX_=0` and
-`MALLOC_TRIM_THRESHOLD_=100000000000` (docs/performance.md).
+`MALLOC_TRIM_THRESHOLD_=100000000000` (docs/research/performance.md).
 
 `tap`: plain and tapped forward passes of one model take turns; the figures are medians of their times,
 the quartiles of the ratio of neighbours, and the ratio of the peaks of memory.

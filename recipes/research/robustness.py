@@ -60,7 +60,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS, metavar="PAIR")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME")
     parser.add_argument("--students", type=Path, default=Path("runs/students"), metavar="DIR")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/robustness.jsonl"), metavar="FILE")
+    parser.add_argument("--output", type=Path, default=Path("docs/research/lines/robustness.jsonl"), metavar="FILE")
     arguments = parser.parse_args(words)
     for pair in arguments.pairs:
         for method in arguments.methods:

@@ -1,4 +1,4 @@
-"""SFKD and UHKD against the baselines on real pairs, at a scale that two CPU cores can do: `docs/results.md`.
+"""SFKD and UHKD against the baselines on real pairs, at a scale that two CPU cores can do: `docs/research/results.md`.
 
 In `recipes/research`:
 
@@ -11,7 +11,7 @@ In `recipes/research`:
     python study.py scarce --seeds 3                              # with labels for a tenth of the images
     python study_report.py                                        # tables and pictures of all that
 
-The teachers are in `assets/teachers`, all but `dinov2_s`, which `small_teacher.py` makes (command: docs/results.md).
+The teachers are in `assets/teachers`, all but `dinov2_s`, which `small_teacher.py` makes (docs/research/results.md).
 
 Protocol, fixed before the methods were compared: CIFAR-100, 50 training images a class, 50 others of the official
 training set for every choice, the official test images for the final tables only; six fixed views (shift and flip) of
@@ -142,8 +142,8 @@ def load_teacher(name: str, folder: Path) -> tuple[nn.Module, int]:
     path = next((path for path in (folder / file, COMMITTED / file) if path.exists()), None)
     if path is None:
         raise SystemExit(
-            f"neither {folder} nor {COMMITTED} has {file}: train it by small_teacher.py (docs/results.md), or choose "
-            "--pairs. One with another digest learnt from other images, maybe from those to validate on."
+            f"neither {folder} nor {COMMITTED} has {file}: train it by small_teacher.py (docs/research/results.md), or "
+            "choose --pairs. One with another digest learnt from other images, maybe from those to validate on."
         )
     teacher, size = build_small(TEACHERS[name], PIXELS[name], CLASSES, 3)
     load_weights(teacher, path)
@@ -279,7 +279,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teachers", type=Path, default=Path("runs/teachers"), metavar="DIR")
     parser.add_argument("--recorded", type=Path, default=Path("runs/recorded"), metavar="DIR")
     parser.add_argument("--students", type=Path, default=Path("runs/students"), metavar="DIR")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/runs.jsonl"), metavar="FILE")
+    parser.add_argument("--output", type=Path, default=Path("docs/research/lines/runs.jsonl"), metavar="FILE")
     arguments = parser.parse_args(words)
     if arguments.what == "try" and not arguments.methods:
         parser.error("try needs --methods")

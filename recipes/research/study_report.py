@@ -1,6 +1,6 @@
-"""Tables and pictures of the runs of `study.py`, into docs/results/.
+"""Tables and pictures of the runs of `study.py`, into docs/research/.
 
-python recipes/research/study_report.py                 # tables.md, curves.png
+python recipes/research/study_report.py                 # tables.md, lines/curves.png
 python recipes/research/study_report.py --features      # also bands.png and cka.png, from the saved students
 
 Pictures need matplotlib: `pip install "hetkd[plots]"`.
@@ -36,14 +36,15 @@ LEVELS = 2
 def main(words: list[str] | None = None) -> None:
     """Write what there are runs for; ``words`` stand for the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("docs/results/runs.jsonl"), metavar="FILE")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"), metavar="DIR")
+    parser.add_argument("--runs", type=Path, default=Path("docs/research/lines/runs.jsonl"), metavar="FILE")
+    parser.add_argument("--tables", type=Path, default=Path("docs/research/tables.md"), metavar="FILE")
+    parser.add_argument("--output", type=Path, default=Path("docs/research/lines"), metavar="DIR")
     parser.add_argument("--teachers", type=Path, default=Path("runs/teachers"), metavar="DIR")
     parser.add_argument("--students", type=Path, default=Path("runs/students"), metavar="DIR")
     parser.add_argument("--features", action="store_true", help="also cka.png and bands.png")
     arguments = parser.parse_args(words)
     rows = read_rows(arguments.runs)
-    (arguments.output / "tables.md").write_text(tables(rows), encoding="utf-8")
+    arguments.tables.write_text(tables(rows), encoding="utf-8")
     final = [row for row in rows if row["kind"] == "final" and row["epochs"] == PROTOCOL["epochs"]]
     if final:
         draw_curves(final, arguments.output / "curves.png")

@@ -8,6 +8,13 @@ from jobs import HOMOGENEOUS, PAIRS, PROTOCOL
 from hetkd.training.records import Row
 
 REFERENCE = "sfkd"
+HEAD = """# All runs of the study
+
+Every run of [the study on CIFAR-100](results.md), by kind. A cell holds the mean top-1 in percent, its standard
+deviation over seeds, the number of seeds in brackets, and the gain over `ce` with the same seeds.
+
+`python recipes/research/study_report.py` writes this page from `docs/research/lines/runs.jsonl`.
+"""
 KINDS = {
     "final": ("All labels: test images", "test"),
     "scarce": ("Labels for a tenth of the images: test images", "test"),
@@ -29,7 +36,7 @@ def pairs_of(rows: Sequence[Row]) -> list[str]:
 
 def tables(rows: Sequence[Row]) -> str:
     """Return all tables as Markdown; runs of more or fewer epochs than the protocol's have tables of their own."""
-    parts = []
+    parts = [HEAD.rstrip()]
     for kind, (title, score) in KINDS.items():
         for epochs in sorted({row["epochs"] for row in rows if row["kind"] == kind}):
             alike = [row for row in rows if row["epochs"] == epochs]

@@ -64,7 +64,13 @@ def test_runs_tables_and_pictures(small):
     assert path.read_bytes() == before, "the report's pictures are of students of the protocol"
     runs = small / "runs.jsonl"
     runs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folders = {"runs": runs, "output": small, "teachers": small / "teachers", "students": small / "students"}
+    folders = {
+        "runs": runs,
+        "tables": small / "tables.md",
+        "output": small,
+        "teachers": small / "teachers",
+        "students": small / "students",
+    }
     study_report.main(["--features", *(word for name, path in folders.items() for word in (f"--{name}", str(path)))])
     text = (small / "tables.md").read_text()
     gain = rows[1]["test"] - rows[0]["test"]

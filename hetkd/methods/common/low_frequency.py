@@ -22,17 +22,18 @@ class LowFrequencyMethod(FeatureMethod):
 
     The teacher's coefficients are targets without parameters; the student's channels go through a learnt 1x1
     convolution. Neither depends on the grid of the maps: resampling to the common grid and the waves are one fixed
-    matrix for each native grid. The last stage is left to the loss on logits, by measurement (docs/results.md).
+    matrix for each native grid. The last stage is left to the loss on logits, because measurements favour that
+    (docs/research/ablations.md).
 
     Args:
-        feature_weight: Weight of the features' loss, spread over the stages.
-        grid: Most pixels a side of the common grid.
-        keep: K, waves kept per axis; ``None``: 5, or fewer on a smaller grid.
-        width: D, most channels to compare; the teacher's further ones go through a fixed orthonormal map.
-        reduction: That map: ``"orthogonal"`` or ``"pca"`` (fitted on the first batch).
-        kd_weight: Weight of the KL divergence between logits; 0 for a teacher without a classifier: the last stage is
-            compared then.
-        temperature: T of the KL divergence.
+        feature_weight: Weight of the features' loss; ``stage_weights`` divide it among the stages.
+        grid: Largest side of the common grid in pixels.
+        keep: K, the waves kept per axis; ``None`` keeps 5, or fewer on a smaller grid.
+        width: D, the largest number of channels to compare; a fixed orthonormal map reduces a wider teacher to it.
+        reduction: How that map is chosen: ``"orthogonal"``, at random, or ``"pca"``, from the first batch.
+        kd_weight: Weight of the KL divergence between logits. Use 0 for a teacher without a classifier; the last stage
+            is then compared too.
+        temperature: T, for both sides of the KL divergence.
         **common: ``stage_weights`` and ``ce_weight`` of `StagewiseMethod`.
     """
 

@@ -42,8 +42,8 @@ class Method(nn.Module, ABC):
     Args:
         ce_weight: Weight of the cross-entropy with the labels.
         kd_weight: Weight of the loss on logits: the KL divergence (Hinton et al., arXiv 1503.02531), batch mean times
-            T^2, or the loss that the method puts in its place.
-        temperature: T, for both sides of the loss on logits.
+            T^2, or the loss that replaces it.
+        temperature: T, which divides the logits of both sides in the loss on logits.
 
     Attributes:
         automatic_stages: Number of stage pairs, counted from the last, when the user names none.

@@ -20,11 +20,10 @@ class StagewiseMethod(Method):
     `FeatureMethod` is for those that look at one pair after the other.
 
     Args:
-        feature_weight: Weight of the features' loss, spread over the stages by ``stage_weights``.
-        stage_weights: ``None``: equal weights, with sum 1 (where ``stages_share_weight``) or 1 each. A sequence: one
-            weight a stage pair, as given. ``"learnt"``: equal at the start and learnt by uncertainty (Kendall et al.,
-            arXiv 1705.07115).
-        kd_weight: See `Method`; 0 by default.
+        feature_weight: Weight of the features' loss; each stage's share is in ``stage_weights``.
+        stage_weights: ``None``: equal weights, 1 each (``sfkd`` and ``uhkd``: 1 in total). A sequence: one weight per
+            stage pair. ``"learnt"``: equal at the start, then learnt by uncertainty (Kendall et al., arXiv 1705.07115).
+        kd_weight: Weight of the KL divergence between logits; 0 leaves it out, as the published comparisons do.
         **common: ``ce_weight`` and ``temperature`` of `Method`.
 
     Attributes:

@@ -39,18 +39,17 @@ class SFKD(LowFrequencyMethod):
     for otherwise both sides could agree on a constant.
 
     The loss is ``ce_weight CE + kd_weight KL + feature_weight sum over stages of weight times L``. The last stage is
-    left to KL. What each part is worth, by measurement, is in docs/results.md.
+    left to KL. docs/research/ablations.md has what each part is worth.
 
     Args:
-        ds2s: Streams of the refinement `hetkd.methods.sfkd.ds2s.DS2S`: ``"full"``, ``"spatial"``, ``"spectral"``, or
-            ``None`` for no refinement.
-        levels: J for DS2S, 0 to 3; ``None``: 2, or fewer on small grids, so that the coarsest band has 2 x 2 pixels or
-            more.
-        wavelet: An orthogonal wavelet of PyWavelets, by name, for DS2S.
-        loss: ``"gffl"``, or for comparison ``"mse"`` or ``"infonce"`` between the maps of the common grid, each
-            coefficient standardised over the batch.
-        sigma: Width of the Gaussian window as a fraction of Nyquist's frequency; ``math.inf``: none.
-        **common: Of `LowFrequencyMethod`.
+        ds2s: Streams of the refinement DS2S: ``"full"`` (both), ``"spatial"``, ``"spectral"``, or ``None`` for none.
+        levels: J, the wavelet levels of DS2S, 0 to 3; ``None`` takes 2, or fewer on small grids, so that the coarsest
+            band has at least 2 x 2 pixels.
+        wavelet: Name of an orthogonal wavelet of PyWavelets, for DS2S.
+        loss: ``"gffl"``; for comparison ``"mse"`` or ``"infonce"``, which compare pixels of the common grid, each
+            standardised over the batch.
+        sigma: Width of the Gaussian window as a fraction of the Nyquist frequency; ``math.inf`` weighs all waves alike.
+        **common: Options of `LowFrequencyMethod`.
 
     Raises:
         ValueError: If an option is out of range, or a stage's grid is too small for it.
