@@ -19,6 +19,7 @@ from hetkd.methods import (
     CC,
     CE,
     CRD,
+    CWD,
     DIST,
     DKD,
     KD,
@@ -39,7 +40,8 @@ from hetkd.methods import (
 )
 from hetkd.models import list_models, load_model
 from hetkd.speed import Speed
-from hetkd.student import Prediction, Student, load_student
+from hetkd.student import PredictedMask, Prediction, Student, load_student
+from hetkd.tasks import Segmentation
 
 __version__ = "0.2.0"
 
@@ -49,6 +51,7 @@ __all__ = [
     "CC",
     "CE",
     "CRD",
+    "CWD",
     "Combined",
     "DIST",
     "DKD",
@@ -65,10 +68,12 @@ __all__ = [
     "Method",
     "OFA",
     "PooledMethod",
+    "PredictedMask",
     "Prediction",
     "RKD",
     "RSD",
     "SFKD",
+    "Segmentation",
     "Speed",
     "Stage",
     "StagePair",

@@ -19,10 +19,12 @@ from hetkd.models.inputs import Normalization
 from hetkd.models.load import is_file, load_model
 from hetkd.models.wrappers import tapped_module, unwrap
 from hetkd.plan import Plan, PlanRow
+from hetkd.tasks import Task, is_dense_task, make_task
 from hetkd.teachers import MultiTeacher, RecordedTap, RecordedTeachers, Teachers, parts_of
 from hetkd.utils.checks import unknown_name
 
 _CACHE = "cache:"
+_EACH = {True: "each pixel", False: "the whole image"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def assemble(
     input_size: Size | Mapping[str, Any] | None,
     normalized: Normalization | None,
     teacher_classes: int | None,
+    task: str | Task | None,
     method_options: dict[str, Any],
 ) -> Parts:
     """Build and check the parts of a distillation; arguments and errors as of `hetkd.Distiller`."""
@@ -66,14 +69,14 @@ def assemble(
     if not count:
         raise ValueError("teacher=[] is an empty list: give one teacher or several.")
     made = _make_method(method, method_options, count, teacher_weights)
-    sizes = _sizes(input_size)
-    taps = (
-        recorded if recorded is not None else _live_taps(given, made, sizes.get("teacher"), normalized, teacher_classes)
-    )
+    sizes, is_dense = _sizes(input_size), is_dense_task(task)
+    taps = recorded
+    if taps is None:
+        taps = _live_taps(given, made, sizes.get("teacher"), normalized, teacher_classes, is_dense)
     built_here = isinstance(student, str) and num_classes is None and not is_file(student)
     if isinstance(student, str):
         classes = taps[0].classes if num_classes is None and taps and not is_file(student) else num_classes
-        student = load_model(student, pretrained=False, num_classes=classes)
+        student = load_model(student, pretrained=False, num_classes=classes, **_dense_student(student, taps, is_dense))
         if taps:
             copy_label_names(taps[0].model, student)
     elif num_classes is not None:
@@ -86,11 +89,38 @@ def assemble(
     if not made.uses_teacher:
         taps = []
     refuse_frozen_graphs("student", student)
-    student_tap = Tap("student", student, sizes.get("student"), normalized)
+    if is_dense is None and any(tap.classes and not tap.is_dense for tap in taps):
+        is_dense = False  # a map that the student yields is a feature, then
+    student_tap = Tap("student", student, sizes.get("student"), normalized, is_dense=is_dense)
+    made.task = make_task(task, is_dense=student_tap.is_dense)
+    _check_task(made, taps)
     _bind(made, taps, student_tap, stages)
     teachers = (Teachers if recorded is None or not taps else RecordedTeachers)(taps, made)
     plan, from_data = _make_plan(made, taps, student_tap), built_here and not made.uses_teacher_logits
     return Parts(unwrap(student), student_tap, made, teachers, plan, from_data)
+
+
+def _dense_student(name: str, teachers: Sequence[Tap], is_dense: bool | None) -> dict[str, Any]:
+    """Return what a student's name is built with: a timm encoder becomes a segmenter where the teacher is one."""
+    wanted = any(tap.is_dense for tap in teachers) if is_dense is None else is_dense
+    return {"task": "segmentation"} if wanted and not is_file(name) else {}
+
+
+def _check_task(method: Method, teachers: Sequence[Tap]) -> None:
+    parts = [part for part in method.modules() if isinstance(part, Method)]
+    for part in parts:
+        if method.task.name not in part.tasks:
+            raise ValueError(
+                f"method {part.title} is for {' and '.join(part.tasks)}, not for {method.task.name}: use sfkd, uhkd, "
+                "kd or fitnet."
+            )
+        part.task = method.task
+    for tap in teachers if method.uses_teacher_logits else []:
+        if tap.is_dense != method.task.is_dense and tap.classes is not None:
+            raise ValueError(
+                f"the {tap.role} yields logits for {_EACH[tap.is_dense]}, the student for {_EACH[not tap.is_dense]}, "
+                "but the method compares logits: use a feature method with kd_weight=0."
+            )
 
 
 def _refuse_shared_modules(student: nn.Module, teachers: Sequence[Tap]) -> None:
@@ -161,7 +191,12 @@ def _recorded_taps(teacher: Any, input_size: Any, normalized: Normalization | No
 
 
 def _live_taps(
-    teachers: Sequence[Any], method: Method, size: Any, normalized: Normalization | None, classes: int | None
+    teachers: Sequence[Any],
+    method: Method,
+    size: Any,
+    normalized: Normalization | None,
+    classes: int | None,
+    is_dense: bool | None,
 ) -> list[Tap]:
     if teachers == [None] and not method.uses_teacher:
         return []
@@ -174,7 +209,7 @@ def _live_taps(
         if not isinstance(model, nn.Module):
             raise TypeError(f"teacher must be a string or an nn.Module, got {teacher!r}.")
         refuse_frozen_graphs(role, model)
-        taps.append(Tap(role, model.eval(), own_size, normalized, classes))
+        taps.append(Tap(role, model.eval(), own_size, normalized, classes, is_dense=is_dense))
     return taps
 
 

@@ -20,6 +20,7 @@ from hetkd.data.images import TensorImages, TransformedImages, make_loader
 from hetkd.data.samples import images_and_labels
 from hetkd.data.survey import spread
 from hetkd.distillation import Distillation
+from hetkd.features.hooks import output_logits
 from hetkd.models.description import KEY, Description
 from hetkd.models.inputs import InputTransform
 from hetkd.models.wrappers import unwrap
@@ -165,11 +166,9 @@ class Deployed(nn.Module):
         return images if self.preprocess else self.transform(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images to probabilities ``[B, classes]``."""
-        output = self.model(self.transform(images) if self.preprocess else images)
-        logits: Tensor = (
-            output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.logits
-        )
+        """Map images to probabilities ``[B, classes]``, of a segmenter ``[B, classes, h, w]`` at its own stride."""
+        logits = output_logits(self.model(self.transform(images) if self.preprocess else images))
+        assert logits is not None, "a student has logits"
         return logits.float().softmax(1)
 
 
@@ -208,12 +207,15 @@ def _batches(distillation: Distillation, data: Any, most: int) -> Iterator[tuple
         shape = (8, spec.channels, *size)
         yield torch.randint(256, shape, generator=generator, dtype=torch.uint8), None
         return
-    loader = make_loader(data, what="images", spec=spec, size=size, batch_size=_BATCH, train=False, num_workers=0)
+    loading: dict[str, Any] = {"batch_size": _BATCH, "num_workers": 0, "make": distillation.task.make_dataset}
+    loader = make_loader(data, what="images", spec=spec, size=size, train=False, **loading)
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, TransformedImages) and distillation.class_names is not None:
         dataset.order_classes(distillation.class_names, "the student", "images")
     if isinstance(dataset, (TransformedImages, TensorImages)):  # not the first classes alone
-        loader = DataLoader(Subset(dataset, spread(len(dataset), most)), batch_size=_BATCH)
+        loader = DataLoader(
+            Subset(dataset, spread(len(dataset), most)), batch_size=_BATCH, collate_fn=getattr(dataset, "collate", None)
+        )
     count = 0
     for batch in islice(loader, -(-most // _BATCH)):
         images, labels = images_and_labels(batch)
@@ -326,21 +328,22 @@ def _compare(
     path: Path, draft: Path, deployed: Deployed, run: Runner, batches: list[tuple[Tensor, Tensor | None]]
 ) -> ExportReport:
     """Measure a file against PyTorch, on the CPU."""
-    difference, same, right, count = 0.0, 0, [0, 0], 0
+    difference, same, right, count, answers = 0.0, 0, [0, 0], 0, 0
     for images, labels in batches:
         ours, theirs = deployed(images), run(images)
         difference = max(difference, float((ours - theirs).abs().max()))
         classes = ours.argmax(1), theirs.argmax(1)
         same, count = same + int((classes[0] == classes[1]).sum()), count + len(images)
-        if labels is not None:
+        if labels is not None and ours.ndim == 2:
             right = [found + int((of == labels).sum()) for found, of in zip(right, classes, strict=True)]
-    labelled = batches[0][1] is not None
+        answers += classes[0].numel()
+    labelled = batches[0][1] is not None and ours.ndim == 2
     one = batches[0][0][:1]
     return ExportReport(
         path,
         draft.stat().st_size / 1e6,
         difference,
-        100 * same / count,
+        100 * same / answers,
         (100 * right[0] / count, 100 * right[1] / count) if labelled else None,
         (1e3 * seconds(deployed, one), 1e3 * seconds(run, one)),
         count,

@@ -16,9 +16,10 @@ from hetkd.features.pairing import StageChoice
 from hetkd.features.tap import Size, Tap
 from hetkd.methods.common.method import Method
 from hetkd.models.description import Description, describe
-from hetkd.models.inputs import Normalization, check_images, check_labels
+from hetkd.models.inputs import Normalization, check_images
 from hetkd.models.load import change_classes
 from hetkd.models.wrappers import tapped_module
+from hetkd.tasks import Task
 from hetkd.teachers import Encoded
 from hetkd.utils.compiling import blocks, compile_parts, warn_if_inert
 from hetkd.utils.distributed import world_size
@@ -60,6 +61,7 @@ class Distillation(nn.Module):
         input_size: Size | Mapping[str, Any] | None = None,
         normalized: Normalization | None = None,
         teacher_classes: int | None = None,
+        task: str | Task | None = None,
         **method_options: Any,
     ) -> None:
         super().__init__()
@@ -73,6 +75,7 @@ class Distillation(nn.Module):
             input_size=input_size,
             normalized=normalized,
             teacher_classes=teacher_classes,
+            task=task,
             method_options=method_options,
         )
         self.student, self.student_tap = parts.student, parts.student_tap
@@ -119,7 +122,7 @@ class Distillation(nn.Module):
         look = not self._looked_at_values
         check_images(images, self.student_tap.spec.channels, look_at_values=look, normalized=self.normalized)
         if labels is not None:
-            check_labels(labels, len(images), self.classes, look or labels.device.type == "cpu")
+            self.task.check_labels(labels, images, self.classes, look or labels.device.type == "cpu")
         self._looked_at_values = True
         scope = self.method.batch_statistics
         if self.training and scope and len(images) * (world_size() if scope == "all" else 1) < 2:
@@ -191,6 +194,11 @@ class Distillation(nn.Module):
         size, spec = self.student_tap.size, self.student_inputs.spec
         known: dict[str, Any] = {"num_classes": self.classes, "classes": self.class_names}
         return describe(self.student, size=size, spec=spec, made=made, **known)
+
+    @property
+    def task(self) -> Task:
+        """What labels and logits are."""
+        return self.method.task
 
     @property
     def classes(self) -> int | None:

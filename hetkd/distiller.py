@@ -42,6 +42,8 @@ class Distiller(InspectedDistillation):
             uint8. Each model gets its own normalisation.
         teacher_classes: Number of classes of the teachers, for modules whose output does not tell logits from features;
             0: their output is a feature.
+        task: ``"classification"``, ``"segmentation"``, or a task object such as `hetkd.Segmentation`; ``None``: by what
+            the models yield, logits ``[B, classes]`` or ``[B, classes, h, w]``.
         **method_options: Options of the method, when it is given by name.
 
     Attributes:
@@ -115,7 +117,7 @@ class Distiller(InspectedDistillation):
         views: int = 1,
         top_k: int | None = None,
         maps: bool = False,
-        min_crop: float = 0.08,
+        min_crop: float | None = None,
         batch_size: int = 128,
         num_workers: int = 0,
         unreadable: str = "error",
@@ -146,14 +148,16 @@ class Distiller(InspectedDistillation):
             TypeError: If ``train`` is a loader.
         """
         from hetkd.cache.write import write_cache
-        from hetkd.data.images import as_single_images, make_dataset
+        from hetkd.data.images import as_single_images
 
         if not self.teachers.taps:
             raise ValueError(f"{self.method.title} uses no teacher, so there is nothing to cache.")
+        self.task.refuse_options({"top_k": top_k})
         size, spec = self.loading_size, self.student_inputs.spec
+        min_crop = self.task.min_crop if min_crop is None else min_crop
         kept: dict[str, Any] = {"size": size, "spec": spec, "min_crop": min_crop, "seed": seed}
         kept["skip_unreadable"] = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
-        dataset = make_dataset(train, what="train", train=True, **kept)
+        dataset = self.task.make_dataset(train, what="train", train=True, **kept)
         self.move_to_accelerator()
         write_cache(
             self.teachers,

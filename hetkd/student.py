@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.data.folders import picture_files
-from hetkd.data.images import crop_transform, image_transform
 from hetkd.data.pictures import open_picture
 from hetkd.data.samples import as_picture
+from hetkd.data.transforms import crop_transform, picture_tensor, resize_transform
 from hetkd.distillation import Distillation
 from hetkd.models.inputs import check_images
 from hetkd.models.labels import model_labels
 from hetkd.models.load import is_file, load_model
+from hetkd.tasks.segmentation import resized
 from hetkd.utils.checks import whole_number
 from hetkd.utils.notebook import table
 
@@ -42,6 +43,20 @@ class Prediction(NamedTuple):
         return table(("class", "probability"), rows, above=self.image)
 
 
+class PredictedMask(NamedTuple):
+    """What a segmenter says of a picture.
+
+    Attributes:
+        image: Its path, or its number among those that were given.
+        mask: The class of each pixel, ``[H, W]``, int64, at the size of the picture.
+        shares: Share of the pixels of each class that occurs, by name, the largest first.
+    """
+
+    image: str
+    mask: Tensor
+    shares: dict[str, float]
+
+
 class Student:
     """A trained model that knows how its pictures are prepared and what its classes are called.
 
@@ -66,8 +81,8 @@ class Student:
         self.classes = [str(n) for n in range(count)] if labels is None else [names[0] for names in labels.names]
 
     @torch.no_grad()
-    def predict(self, images: Any, *, top: int = 5) -> "Prediction | list[Prediction]":
-        """Name what is on pictures.
+    def predict(self, images: Any, *, top: int = 5) -> Any:
+        """Name what is on pictures, or of a segmenter what is at each pixel.
 
         Args:
             images: A picture: a path, a PIL image, an array ``[H, W, C]`` or a tensor ``[C, H, W]`` (uint8, or float in
@@ -75,7 +90,8 @@ class Student:
             top: How many classes to name.
 
         Returns:
-            One prediction, or a list of them in the order of the pictures (of a folder: sorted by path).
+            One `Prediction` or `PredictedMask`, or a list of them in the order of the pictures (of a folder: sorted by
+            path).
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -89,21 +105,35 @@ class Student:
         """
         whole_number("top", top)
         pictures, names, single = _listed(images)
-        found: list[Prediction] = []
+        is_dense = self.distillation.task.is_dense
+        found: list[Any] = []
         for start in range(0, len(pictures), _BATCH):
-            batch = torch.stack([self._prepared(picture) for picture in pictures[start : start + _BATCH]])
-            probabilities = self.distillation.predict(batch).float().softmax(1).cpu()
-            part = zip(names[start : start + _BATCH], probabilities, strict=True)
-            found += [self._named(name, row, top) for name, row in part]
+            whole = [self._pixels(picture) for picture in pictures[start : start + _BATCH]]
+            batch = torch.stack([self._prepared(pixels) for pixels in whole])
+            logits = self.distillation.predict(batch).float().cpu()
+            for name, pixels, row in zip(names[start : start + _BATCH], whole, logits, strict=True):
+                found.append(self._masked(name, row, pixels) if is_dense else self._named(name, row.softmax(0), top))
         return found[0] if single else found
 
-    def _prepared(self, picture: Any) -> Tensor:
+    def _pixels(self, picture: Any) -> Tensor:
         picture = open_picture(picture) if isinstance(picture, (str, Path)) else as_picture(picture)
         if not isinstance(picture, Tensor):
-            return image_transform(self._spec, self.size, train=False)(picture) / 255
+            return picture_tensor(picture, self._spec)
         check_images(picture[None], self._spec.channels, look_at_values=True, normalized=False)
-        pixels = crop_transform(self._spec, self.size, train=False)(picture)
+        return picture
+
+    def _prepared(self, pixels: Tensor) -> Tensor:
+        if self.distillation.task.is_dense:  # all of the picture counts
+            pixels = resize_transform(self._spec, self.size)(pixels)
+        else:
+            pixels = crop_transform(self._spec, self.size, train=False)(pixels)
         return pixels / 255 if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)  # bicubic goes beyond
+
+    def _masked(self, name: str, logits: Tensor, pixels: Tensor) -> PredictedMask:
+        mask = resized(logits[None], pixels.shape[1:]).argmax(1)[0]
+        classes, counts = mask.unique(return_counts=True)
+        shares = {self.classes[int(c)]: float(n) / mask.numel() for c, n in zip(classes, counts, strict=True)}
+        return PredictedMask(name, mask, dict(sorted(shares.items(), key=lambda item: -item[1])))
 
     def _named(self, name: str, probabilities: Tensor, top: int) -> Prediction:
         values, places = probabilities.topk(min(top, len(probabilities)))

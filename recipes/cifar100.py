@@ -266,7 +266,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--pair", choices=PAIRS, default="swin_t:resnet18", metavar="PAIR", help=f"of {', '.join(PAIRS)}"
     )
-    parser.add_argument("--method", choices=list_methods(), default="sfkd")
+    parser.add_argument("--method", choices=list_methods("classification"), default="sfkd")
     parser.add_argument("--finetune", choices=TEACHERS, help="fine-tune this teacher instead")
     parser.add_argument("--small", action="store_true", help="the protocol of our own")
     parser.add_argument("--methods", nargs="+", help="of --small: ce, kd and --method without it")

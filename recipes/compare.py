@@ -256,7 +256,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--pairs {pair!r} is not TEACHER:STUDENT, such as vit:mobilenetv3_small_050")
     if arguments.budget is not None and arguments.budget < 0:
         parser.error("--budget must not be negative")
-    every = ["ce", "kd", *(name for name in list_methods() if name not in ("ce", "kd", "uhkd", "sfkd")), "uhkd", "sfkd"]
+    every = [
+        "ce",
+        "kd",
+        *(name for name in list_methods("classification") if name not in ("ce", "kd", "uhkd", "sfkd")),
+        "uhkd",
+        "sfkd",
+    ]
     asked = itertools.chain.from_iterable(every if name == "all" else [name] for name in arguments.methods)
     arguments.methods = list(dict.fromkeys(asked))
     for name in itertools.chain.from_iterable(method.split("+") for method in arguments.methods):

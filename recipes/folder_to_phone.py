@@ -154,7 +154,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--student", default="timm:mobilenetv3_small_050", metavar="NAME")
     parser.add_argument("--pretrained-student", action="store_true", help="start from its library's weights")
     parser.add_argument("--pixels", type=int, help="input size of the student; default: 56 for the embedded images")
-    parser.add_argument("--method", default="uhkd", choices=hetkd.list_methods())
+    parser.add_argument("--method", default="uhkd", choices=hetkd.list_methods("classification"))
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/folder_to_phone"), metavar="DIR")

@@ -94,7 +94,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrained-student", action="store_true", help="start from timm's weights")
     parser.add_argument("--dataset", required=True, metavar="DATA", help="hf:NAME, or a folder with train/ and val/")
     parser.add_argument("--pixels", type=int, help="input size of the student; default: its own")
-    parser.add_argument("--method", choices=list_methods(), default="sfkd")
+    parser.add_argument("--method", choices=list_methods("classification"), default="sfkd")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -189,7 +189,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", default="timm:swin_tiny_patch4_window7_224", metavar="NAME")
     parser.add_argument("--teacher-weights", type=Path, metavar="FILE", help="instead of the pretrained ones")
     parser.add_argument("--student", default="timm:resnet18", metavar="NAME")
-    parser.add_argument("--method", choices=list_methods(), default="sfkd")
+    parser.add_argument("--method", choices=list_methods("classification"), default="sfkd")
     parser.add_argument("--epochs", type=int, help="instead of the protocol's")
     parser.add_argument("--batch-size", type=int, help="a process, instead of the protocol's")
     parser.add_argument("--gradient-accumulation", type=int)

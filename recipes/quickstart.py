@@ -79,7 +79,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="sfkd", choices=list_methods(), help="method of the student that is saved")
+    parser.add_argument(
+        "--method", default="sfkd", choices=list_methods("classification"), help="method of the student that is saved"
+    )
     parser.add_argument("--student", default="mobilenetv3_small_050", help="any timm model that takes one channel")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--images", type=int, help="of each split, instead of all")

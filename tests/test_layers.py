@@ -10,6 +10,7 @@ LAYERS = [
     ("hetkd.utils",),
     ("hetkd.models", "hetkd.spectral"),
     ("hetkd.features", "hetkd.data"),
+    ("hetkd.tasks",),
     ("hetkd.methods", "hetkd.plan"),
     ("hetkd.teachers",),
     ("hetkd.cache",),

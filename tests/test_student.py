@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from hetkd import Distiller, load_model, load_student
-from hetkd.data.images import crop_transform, image_transform
+from hetkd.data.transforms import crop_transform, image_transform
 from hetkd.models.inputs import input_spec
 
 NAMES = ["ash", "birch", "cedar", "elm"]

@@ -1,9 +1,7 @@
 """Loaders from what people have: folders, datasets, tensors, loaders."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from hetkd.data.classes import class_names, label_map
 from hetkd.data.folders import open_folder
-from hetkd.data.pictures import UnreadableImage, is_of_content, is_transparent, name_of, raise_for_content, upright_8bit
+from hetkd.data.pictures import UnreadableImage, is_of_content, is_transparent, name_of, raise_for_content
 from hetkd.data.samples import Keys, as_picture, checked_label, images_and_labels, keys_of
 from hetkd.data.seeding import sample_seed, seeded
+from hetkd.data.transforms import image_transform
 from hetkd.models.inputs import InputSpec
 
 
@@ -118,6 +117,14 @@ class TransformedImages(Dataset[Any]):
         label = checked_label(label, name_of(self.dataset, index)) if isinstance(label, str) else label
         return image, label if self.label_map is None else self.label_map[int(label)]
 
+    def for_evaluation(self, spec: InputSpec, size: tuple[int, int]) -> "TransformedImages":
+        """Return the same images as another model is evaluated on them; unreadable ones are passed over."""
+        whole = TransformedImages(
+            self.dataset, image_transform(spec, size, train=False), keys=self.keys, skip_unreadable=True
+        )
+        whole.label_map = self.label_map
+        return whole
+
     def picture(self, index: int) -> Any:
         """Return an image as it is, before the transform.
 
@@ -183,6 +190,7 @@ def make_loader(
     min_crop: float = 0.08,
     sampler: Callable[[Any], Sampler[int]] | None = None,
     wrap: Callable[[TransformedImages], Dataset[Any]] | None = None,
+    make: Callable[..., Any] | None = None,
 ) -> Iterable[Any]:
     """Make a loader of batches of images and labels.
 
@@ -202,6 +210,7 @@ def make_loader(
         min_crop: Smallest share of a training picture's area that its random crop keeps.
         sampler: Makes the sampler of the dataset, instead of a plain one; a loader keeps its own.
         wrap: Makes another dataset of the one that would be loaded; then a loader is refused.
+        make: Makes the dataset; ``None``: `make_dataset`.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -209,7 +218,9 @@ def make_loader(
         ValueError: If it is empty.
     """
     transforming: dict[str, Any] = {"spec": spec, "size": size, "train": train, "min_crop": min_crop}
-    dataset: Any = make_dataset(data, what=what, seed=seed, skip_unreadable=skip_unreadable, keys=keys, **transforming)
+    dataset: Any = (make or make_dataset)(
+        data, what=what, seed=seed, skip_unreadable=skip_unreadable, keys=keys, **transforming
+    )
     if wrap is not None:
         dataset = wrap(as_single_images(dataset, what, seed))
     elif _is_loader(dataset):
@@ -224,7 +235,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available() and not isinstance(dataset, TensorImages),
-        collate_fn=_as_it_is if isinstance(dataset, TensorImages) else None,
+        collate_fn=_as_it_is if isinstance(dataset, TensorImages) else getattr(dataset, "collate", None),
     )
 
 
@@ -308,34 +319,3 @@ def length(data: Any) -> int | None:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def image_transform(
-    spec: InputSpec, size: tuple[int, int], train: bool, min_crop: float = 0.08
-) -> Callable[[Any], Tensor]:
-    """Return the transform from a PIL image to a uint8 tensor ``[C, H, W]``: training crops and flips at random."""
-    from torchvision.transforms import v2
-
-    colour = v2.Lambda(partial(upright_8bit, mode="L" if spec.channels == 1 else "RGB"))
-    transform: Callable[[Any], Tensor] = v2.Compose(
-        [colour, v2.PILToTensor(), crop_transform(spec, size, train, min_crop)]
-    )
-    return transform
-
-
-def crop_transform(
-    spec: InputSpec, size: tuple[int, int], train: bool, min_crop: float = 0.08
-) -> Callable[[Tensor], Tensor]:
-    """Return the part of `image_transform` that works on tensors ``[C, H, W]``."""
-    from torchvision.transforms import InterpolationMode, v2
-
-    mode = InterpolationMode(spec.interpolation)
-    crop: Sequence[Any]
-    if train:
-        crop = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=mode), v2.RandomHorizontalFlip()]
-    elif spec.crop_ratio is None:
-        crop = [v2.Resize(size, interpolation=mode)]
-    else:
-        crop = [v2.Resize(math.floor(max(size) / spec.crop_ratio), interpolation=mode), v2.CenterCrop(size)]
-    transform: Callable[[Tensor], Tensor] = v2.Compose(crop)
-    return transform

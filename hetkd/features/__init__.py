@@ -12,6 +12,7 @@ from hetkd.features.hooks import (
     find_classifier,
     find_tensor,
     first_tensor,
+    is_segmenter,
     output_logits,
     tapped,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "find_classifier",
     "find_tensor",
     "first_tensor",
+    "is_segmenter",
     "list_adapters",
     "output_logits",
     "register_adapter",

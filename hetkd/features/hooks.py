@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetkd.features.adapter import Adapter, Features
@@ -46,7 +47,8 @@ class HookAdapter(Adapter):
             output = self.call(model, images)
         maps = tuple(self.to_map(outputs.of(name), model, images) for name in stages)
         logits, distillation_logits = class_and_distillation_logits(model, output)
-        pooled = getattr(output, "pooler_output", None) if logits is None else outputs.classifier_input
+        is_vector = logits is not None and logits.ndim == 2
+        pooled = outputs.classifier_input if is_vector else getattr(output, "pooler_output", None)
         return Features(logits, maps, pooled, distillation_logits)
 
 
@@ -139,17 +141,19 @@ def find_tensor(output: Any) -> Tensor | None:
 
 
 def output_logits(output: Any) -> Tensor | None:
-    """Return the logits ``[B, classes]`` in a model's output, or ``None`` if it has none.
+    """Return the logits ``[B, classes]`` or ``[B, classes, h, w]`` in a model's output, or ``None`` if it has none.
 
-    Of several classifiers it takes the first, or their average where the model makes one.
+    Of several classifiers it takes the first, or their average where the model makes one. A map alone may be features
+    too, which `hetkd.features.tap.Tap` finds out.
     """
     if isinstance(output, Mapping):
-        logits = output.get("logits")
+        logits = output.get("logits", output.get("out"))  # torchvision's segmenters
     elif hasattr(output, "logits"):
         logits = output.logits
     else:
         logits = output[0] if isinstance(output, (tuple, list)) and output else output
-    return logits if isinstance(logits, Tensor) and logits.ndim == 2 else None
+    ranks = (2,) if isinstance(output, (tuple, list)) else (2, 4)
+    return logits if isinstance(logits, Tensor) and logits.ndim in ranks else None
 
 
 @contextmanager
@@ -211,6 +215,43 @@ def is_from_library(model: Any) -> bool:
     if home == "torchvision":
         return not isinstance(list(model.modules())[-1], nn.Identity)
     return home == "timm" or (home == "transformers" and "ForImageClassification" in type(model).__name__)
+
+
+def is_segmenter(model: Any) -> bool:
+    """Say whether a library's own class yields logits for each pixel."""
+    home, name = type(model).__module__, type(model).__name__
+    libraries = ("torchvision.models.segmentation", "segmentation_models_pytorch", "hetkd.models.segmenters")
+    return home.startswith(libraries) or (home.startswith("transformers") and "ForSemanticSegmentation" in name)
+
+
+def output_is_convolution(model: nn.Module, adapter: Adapter, images: Tensor) -> bool:
+    """Say whether the output ``[B, C, h, w]`` is that of a convolution or linear layer, as it is or resized."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            found.append(output if isinstance(module, nn.Conv2d) else output.movedim(3, 1))
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        logits = adapter.run(model, images, ()).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if logits is None or logits.ndim != 4:
+        return False
+    last = [x for x in found if x.shape[:2] == logits.shape[:2]][-1:]
+    return any(torch.allclose(x, logits, atol=1e-4) for x in _resized_alike(last, logits))
+
+
+def _resized_alike(maps: Sequence[Tensor], like: Tensor) -> Iterator[Tensor]:
+    for x in maps:
+        if x.shape == like.shape:
+            yield x
+        yield F.interpolate(x, like.shape[2:], mode="nearest")
+        for align_corners in (False, True):
+            yield F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=align_corners)
 
 
 def output_is_linear(model: nn.Module, adapter: Adapter, images: Tensor) -> bool:

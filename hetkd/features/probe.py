@@ -21,11 +21,13 @@ class Probe(NamedTuple):
         stages: In order of depth.
         classes: Of its classifier, or ``None`` without one.
         pooled: Channels of the vector that the classifier sees, or ``None`` if there is none.
+        is_dense: Whether its logits are maps.
     """
 
     stages: list[Stage]
     classes: int | None
     pooled: int | None
+    is_dense: bool
 
 
 def probe(
@@ -48,11 +50,14 @@ def probe(
         added = [name for name in dict.fromkeys(extra) if name not in listed]
         paths = {path for path, _ in model.named_modules() if path}
         with tapped(model, [name for name in (*listed, *added) if name in paths]) as outputs:
-            features = adapter.run(model, images, [*listed, *added])
+            tapped_names = [*listed, *added]
+            features = adapter.run(model, images, tapped_names)
+    listed = [name for name, x in zip(listed, features.maps, strict=False) if x is not features.logits]
     names = _in_order_of_depth(listed, added, list(outputs.finished))
-    shapes = {name: _map_shape(name, x) for name, x in zip([*listed, *added], features.maps, strict=True)}
+    shapes = {name: _map_shape(name, x) for name, x in zip(tapped_names, features.maps, strict=True)}
     classes, pooled = (None if x is None else x.shape[1] for x in (features.logits, features.pooled))
-    return Probe([Stage(name, *shapes[name]) for name in names], classes, pooled)
+    is_dense = features.logits is not None and features.logits.ndim == 4
+    return Probe([Stage(name, *shapes[name]) for name in names], classes, pooled, is_dense)
 
 
 def _in_order_of_depth(listed: list[str], added: list[str], finished: list[str]) -> list[str]:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.features.adapter import Adapter, Features, Stage
-from hetkd.features.hooks import HookAdapter, eval_mode, is_from_library, output_is_linear
+from hetkd.features.hooks import (
+    HookAdapter,
+    eval_mode,
+    is_from_library,
+    is_segmenter,
+    output_is_convolution,
+    output_is_linear,
+)
 from hetkd.features.pairing import POOLED
 from hetkd.features.probe import NoSpatialFeatures, Probe, probe
 from hetkd.features.registry import find_adapter
@@ -29,15 +36,20 @@ class Tap:
         size: Size | None,
         normalized: Normalization | None,
         classes: int | None = None,
+        *,
+        is_dense: bool | None = None,
     ) -> None:
         self.role, self.model = role, tapped_module(model)
         self.adapter: Adapter = find_adapter(self.model)
         self.spec: InputSpec = input_spec(self.model)
         self.size = as_size(size) if size is not None else self.spec.size
         self.why_no_stages = ""
-        self.stages, self.classes, self.pooled = self._dry_run()
-        if self.classes is not None and (classes == 0 or (classes is None and not self._ends_in_classifier())):
-            self.pooled, self.classes = self.pooled or self.classes, None
+        self.stages, self.classes, self.pooled, self.is_dense = self._dry_run()
+        is_known = classes is not None or (is_dense and self.is_dense)
+        is_feature = classes == 0 or (self.is_dense and is_dense is False)
+        if self.classes is not None and (is_feature or not (is_known or self._ends_in_classifier())):
+            self.pooled, self.classes = self.pooled or (None if self.is_dense else self.classes), None
+        self.is_dense &= self.classes is not None
         if classes and classes != self.classes:
             raise ValueError(f"teacher_classes={classes}, but the {role} yields {self.classes} numbers an image.")
         self.listed = self.stages  # of the adapter, without those that the user adds
@@ -66,10 +78,12 @@ class Tap:
 
     def _ends_in_classifier(self) -> bool:
         """Say whether the output comes from a linear layer or convolution; an embedding does not count as logits."""
-        if self.role == "student" or is_from_library(self.model):
+        is_known = is_segmenter if self.is_dense else is_from_library
+        if is_known(self.model) or (self.role == "student" and not self.is_dense):
             return True
+        is_classifier = output_is_convolution if self.is_dense else output_is_linear
         with torch.no_grad(), eval_mode(self.model):
-            return output_is_linear(self.model, self.adapter, self._sample(self.spec.channels))
+            return is_classifier(self.model, self.adapter, self._sample(self.spec.channels))
 
     def _probe(self, sample: Tensor) -> Probe:
         try:
@@ -95,7 +109,7 @@ class Tap:
         if not added:
             return
         try:
-            self.stages, _, _ = probe(self.adapter, self.model, self._sample(self.spec.channels), added)
+            self.stages, *_ = probe(self.adapter, self.model, self._sample(self.spec.channels), added)
             self.listed = [stage for stage in self.stages if stage.name in listed]
         except (RuntimeError, ValueError) as error:
             raise ValueError(
@@ -155,7 +169,8 @@ class Tap:
             )
         maps = dict(zip(self._distinct, features.maps, strict=True))
         if POOLED in self.names:
-            if features.pooled is None and self.classes is None:
+            is_vector = features.logits is not None and features.logits.ndim == 2
+            if features.pooled is None and self.classes is None and is_vector:
                 features = replace(features, pooled=features.logits)
             if features.pooled is None:
                 raise RuntimeError(f"the {self.role} {type(self.model).__name__} did not yield its pooled vector.")

@@ -6,6 +6,7 @@ from hetkd.methods.common.combined import Combined
 from hetkd.methods.common.method import Method, Targets, list_methods, make_method, register_method
 from hetkd.methods.common.stagewise import FeatureMethod, PooledMethod, StagewiseMethod
 from hetkd.methods.crd import CRD
+from hetkd.methods.cwd import CWD
 from hetkd.methods.deit import DeiT
 from hetkd.methods.dist import DIST
 from hetkd.methods.dkd import DKD
@@ -22,6 +23,7 @@ __all__ = [
     "CC",
     "CE",
     "CRD",
+    "CWD",
     "Combined",
     "DIST",
     "DKD",

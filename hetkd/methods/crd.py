@@ -42,6 +42,7 @@ class CRD(PooledMethod):
         **common: Options of `StagewiseMethod`; ``kd_weight`` is 0 in the published comparisons.
     """
 
+    tasks = ("classification",)
     term = "crd"
 
     def __init__(

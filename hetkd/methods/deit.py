@@ -23,6 +23,7 @@ class DeiT(LogitMethod):
         kd_weight: Weight of the cross-entropy with the teacher's decisions.
     """
 
+    tasks = ("classification",)
     logit_term = "hard"
     uses_distillation_token = True
 

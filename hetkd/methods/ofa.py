@@ -38,6 +38,7 @@ class OFA(FeatureMethod):
         **common: ``ce_weight`` and ``stage_weights`` of `StagewiseMethod`.
     """
 
+    tasks = ("classification",)
     batch_statistics = "process"
     term = "ofa"
     logit_term = "ofa"

@@ -24,6 +24,7 @@ def load_model(
     num_classes: int | None = None,
     pretrained: bool = True,
     weights: str | Path | None = None,
+    task: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a model from a string.
@@ -37,6 +38,8 @@ def load_model(
         pretrained: Load the library's pretrained weights.
         weights: Weights from this file instead: safetensors, or a PyTorch file of tensors only. With ``num_classes`` a
             head of another number of classes in it is left out.
+        task: ``"segmentation"``: a segmenter. timm's models become encoders with a small decoder
+            (`hetkd.models.segmenters.TimmSegmenter`), and need ``num_classes``; ``None``: as the model is.
         **kwargs: Passed to the library (``in_chans=1``, ``img_size=64``, ...).
 
     Returns:
@@ -57,6 +60,8 @@ def load_model(
             raise ValueError(f"name={name!r} is a file of weights already: leave weights={str(weights)!r} out.")
         return _described_model(Path(name).expanduser(), num_classes, kwargs)
     library, model_name = split_name(name)
+    if task is not None and choice("task", task, ("classification", "segmentation")) == "segmentation":
+        kwargs = {**kwargs, "task": task}
     builders: dict[str, Callable[..., nn.Module]] = {
         "timm": _timm_model,
         "hf": _hugging_face_model,
@@ -193,6 +198,8 @@ def _timm_model(name: str, num_classes: int | None, pretrained: bool, kwargs: di
 
     if ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise unknown_name("timm model", name, timm.list_models())
+    if "task" in kwargs:
+        return _timm_segmenter(name, num_classes, pretrained, {key: x for key, x in kwargs.items() if key != "task"})
     if num_classes is not None:
         kwargs = {**kwargs, "num_classes": num_classes}
     model: nn.Module = _fetched(
@@ -201,15 +208,27 @@ def _timm_model(name: str, num_classes: int | None, pretrained: bool, kwargs: di
     return model
 
 
+def _timm_segmenter(name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    if num_classes is None:
+        raise ValueError(f"load_model({name!r}, task='segmentation') needs the number of classes: num_classes=11.")
+    from hetkd.models.segmenters import TimmSegmenter
+
+    model: nn.Module = _fetched(
+        f"timm:{name}", pretrained, lambda: TimmSegmenter(name, num_classes, pretrained, **kwargs)
+    )
+    return model
+
+
 def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     import torchvision.models
 
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
+    segmenters = torchvision.models.list_models(module=torchvision.models.segmentation)
+    known = [*torchvision.models.list_models(module=torchvision.models), *segmenters]
+    if name not in known or (kwargs.pop("task", None) and name not in segmenters):
         raise unknown_name("torchvision model", name, known)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
-    crop, resized = preset.crop_size[0], preset.resize_size[0]
+    crop, resized = (getattr(preset, size, preset.resize_size)[0] for size in ("crop_size", "resize_size"))
     settings = {
         "size": crop,
         "mean": preset.mean,
@@ -220,7 +239,8 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
     }
     if not pretrained:
         classes = {} if num_classes is None else {"num_classes": num_classes}
-        model: Any = torchvision.models.get_model(name, weights=None, **classes, **kwargs)
+        backbone = {"weights_backbone": None} if name in segmenters else {}
+        model: Any = torchvision.models.get_model(name, weights=None, **backbone, **classes, **kwargs)
         model.input_settings = {**settings, "size": getattr(model, "image_size", crop)}
         return model
     classes_of_weights = len(weights.meta["categories"])
@@ -249,14 +269,23 @@ def _torchvision_arguments(name: str, weights: Any) -> dict[str, Any]:
 
 
 def _hugging_face_model(name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        AutoModelForSemanticSegmentation,
+    )
 
     labels = {} if num_classes is None else {"num_labels": num_classes}
     config = _fetched(f"hf:{name}", True, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False, **labels))
     architectures = config.architectures or []
     has_head = any("ForImageClassification" in architecture for architecture in architectures)
     # A backbone's checkpoint stays a backbone, unless a head is asked for: a head of random weights is no teacher.
-    builder = AutoModelForImageClassification if has_head or num_classes is not None else AutoModel
+    builder: Any = AutoModelForImageClassification if has_head or num_classes is not None else AutoModel
+    is_segmenter = any("ForSemanticSegmentation" in architecture for architecture in architectures)
+    if kwargs.pop("task", None) or is_segmenter:
+        builder = AutoModelForSemanticSegmentation
     if not pretrained:
         config.architectures = architectures
         model: nn.Module = builder.from_config(config, trust_remote_code=False, **kwargs)

@@ -16,7 +16,6 @@ from hetkd.data.images import TensorImages, TransformedImages, has_labels, lengt
 from hetkd.data.samples import images_and_labels
 from hetkd.data.seeding import sample_seed
 from hetkd.distillation import Distillation
-from hetkd.models.inputs import check_labels
 from hetkd.training.options import TrainingOptions
 from hetkd.training.sampling import set_epoch, with_drawn_samples
 from hetkd.training.signals import quietly, with_quiet_workers
@@ -108,7 +107,7 @@ class Batches:
             self._refuse_missing_labels()
         self.size: int = getattr(loader, "batch_size", None) or options.batch_size
         self._check_last_batch(loader)
-        self.loader = shared_out(loader, "train", distillation.classes, options.seed, accelerator)
+        self.loader = shared_out(loader, "train", distillation, options.seed, accelerator)
         self.count = self._count(is_shared_out=isinstance(loader, DataLoader))
         self.updates = None if self.count is None else math.ceil(self.count / options.gradient_accumulation)
 
@@ -147,7 +146,9 @@ class Batches:
                 continue
             if isinstance(images, Tensor) and isinstance(labels, Tensor):
                 # Here the labels are still on the CPU, where looking at them costs nothing.
-                check_labels(labels, len(images), self._distillation.classes, labels.device.type == "cpu")
+                self._distillation.task.check_labels(
+                    labels, images, self._distillation.classes, labels.device.type == "cpu"
+                )
                 images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield Batch(images, labels, targets)
 
@@ -227,7 +228,7 @@ def _joined(last: Batch, batch: Batch) -> Batch:
     return Batch(torch.cat([last.images[-1:], batch.images]), labels, targets)
 
 
-def shared_out(loader: Iterable[Any], what: str, classes: int | None, seed: int, accelerator: Any) -> Any:
+def shared_out(loader: Iterable[Any], what: str, distillation: Distillation, seed: int, accelerator: Any) -> Any:
     """Share a ``DataLoader`` out to the processes, each image once; other iterables are each process's own.
 
     Raises:
@@ -235,8 +236,8 @@ def shared_out(loader: Iterable[Any], what: str, classes: int | None, seed: int,
     """
     if not isinstance(loader, DataLoader):
         return loader
-    labels = loader.dataset.labels if isinstance(loader.dataset, TensorImages) else None
-    if labels is not None:  # all of them are at hand: look before any training
-        check_labels(labels, len(labels), classes, look_at_values=True)
+    if isinstance(loader.dataset, TensorImages) and loader.dataset.labels is not None:
+        # All of them are at hand: look before any training.
+        distillation.task.check_labels(loader.dataset.labels, loader.dataset.images, distillation.classes, True)
     quiet = with_quiet_workers(with_drawn_samples(loader, what, seed))
     return accelerator.prepare_data_loader(quiet, device_placement=False)

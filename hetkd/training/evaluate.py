@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -17,7 +16,7 @@ from hetkd.data.survey import spread
 from hetkd.data.survey import unreadable as unreadable_among
 from hetkd.distillation import Distillation
 from hetkd.features.hooks import eval_mode
-from hetkd.models.inputs import check_images, check_labels
+from hetkd.models.inputs import check_images
 from hetkd.training.agreement import MOST_IMAGES, NOTHING_TO_AGREE_WITH, measure_agreement
 from hetkd.training.classes import names_of_model
 from hetkd.training.signals import quietly
@@ -98,7 +97,9 @@ def in_role(distillation: Distillation, role: str) -> Distillation:
     tap = taps[choice("role", role, ["student", *taps])]
     if tap.classes is None:
         raise ValueError(f"the {role} has no classifier, so it has no accuracy.")
-    alone = Distillation(None, tap.model, "ce", input_size=tap.size, normalized=distillation.normalization)
+    alone = Distillation(
+        None, tap.model, "ce", input_size=tap.size, normalized=distillation.normalization, task=distillation.task
+    )
     if distillation.method.uses_teacher_logits:  # else its classes may have another order
         alone.class_names = distillation.class_names
     return alone
@@ -147,7 +148,8 @@ def _plain_loader(
     distillation: Distillation, data: Any, size: tuple[int, int], batch_size: int, num_workers: int, keys: Keys
 ) -> Iterable[Any]:
     loading: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "keys": keys}
-    return make_loader(data, what="val", spec=distillation.student_inputs.spec, size=size, train=False, **loading)
+    loading |= {"spec": distillation.student_inputs.spec, "make": distillation.task.make_dataset}
+    return make_loader(data, what="val", size=size, train=False, **loading)
 
 
 def _prepare_for_agreement(distillation: Distillation, loader: Any) -> None:
@@ -203,35 +205,32 @@ def measure(
             that even batches repeat count once; any other loader is a process's own share.
 
     Returns:
-        ``{"top1", "top5", "loss"}``, accuracies in percent.
+        ``{"top1", "top5", "loss"}`` of a classifier, ``{"miou", "pixel_accuracy", "loss", "iou/CLASS", ...}`` of a
+        segmenter, all but the loss in percent.
 
     Raises:
         ValueError: If the loader is empty.
     """
-    from torchmetrics import MeanMetric
-
-    classes = distillation.classes
+    classes, task = distillation.classes, distillation.task
     assert classes is not None, "the method trains a classifier"
     shared_out = isinstance(loader, DataLoader)
     own_share = accelerator is not None and not shared_out
-    metrics = _accuracies(classes, device, sync=own_share)
-    loss = MeanMetric(sync_on_compute=own_share).to(device)
+    names = distillation.class_names or [str(number) for number in range(classes)]
+    metrics = task.metrics(names, device, sync=own_share)
     autocast = nullcontext() if accelerator is None else accelerator.autocast()
     seen = 0
     with eval_mode(model), torch.inference_mode(), autocast:
         for batch in quietly(loader):
             images, labels = _checked(distillation, batch, first=seen == 0)
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            logits = distillation.predict_checked(images, model).float()
+            logits = distillation.predict_checked(images.to(device, non_blocking=True), model).float()
+            statistics = task.statistics(logits, labels)
             if accelerator is not None and shared_out:
-                logits, labels = accelerator.gather_for_metrics((logits, labels))
-            seen += len(labels)
-            loss.update(F.cross_entropy(logits, labels), weight=len(labels))
-            for metric in metrics.values():
-                metric.update(logits, labels)
+                statistics = accelerator.gather_for_metrics(statistics)
+            seen += len(statistics[0])
+            metrics.update(*statistics)
     if seen == 0:
         raise ValueError("val is empty: its loader yields no batch.")
-    return {**{name: 100 * metric.compute().item() for name, metric in metrics.items()}, "loss": loss.compute().item()}
+    return metrics.compute()
 
 
 def look_at_validation(distillation: Distillation, loader: Iterable[Any]) -> None:
@@ -257,25 +256,10 @@ def look_at_validation(distillation: Distillation, loader: Iterable[Any]) -> Non
                 dataset[index]
 
 
-def _checked(distillation: Distillation, batch: Any, *, first: bool) -> tuple[Tensor, Tensor]:
+def _checked(distillation: Distillation, batch: Any, *, first: bool) -> tuple[Tensor, Any]:
     images, labels = images_and_labels(batch)
     if labels is None:
         raise ValueError(WITHOUT_LABELS)
-    labels = torch.as_tensor(labels)
-    if labels.ndim != 1:
-        raise ValueError(f"val needs class indices [B] as labels, got shape {list(labels.shape)}.")
     channels = distillation.student_inputs.spec.channels
     check_images(images, channels, look_at_values=first, normalized=distillation.normalized)
-    check_labels(labels, len(images), distillation.classes, look_at_values=True)
-    return images, labels
-
-
-def _accuracies(classes: int, device: torch.device, *, sync: bool) -> dict[str, Any]:
-    from torchmetrics.classification import MulticlassAccuracy
-
-    return {
-        f"top{k}": MulticlassAccuracy(
-            classes, top_k=min(k, classes), average="micro", validate_args=False, sync_on_compute=sync
-        ).to(device)
-        for k in (1, 5)
-    }
+    return images, distillation.task.checked_for_evaluation(labels, images, distillation.classes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from hetkd.data.classes import match
-from hetkd.data.images import TensorImages, TransformedImages, image_transform
+from hetkd.data.images import TensorImages, TransformedImages
 from hetkd.data.samples import images_and_labels
 from hetkd.data.seeding import generators_kept
 from hetkd.data.survey import Survey, spread, survey
@@ -113,7 +113,9 @@ def teachers_accuracy(distillation: Distillation, data: Any, what: str) -> tuple
         right, seen = int((predicted == labels).sum()), len(labels)
         found[tap.role] = 100 * right / seen
         kind = {"train": "training", "val": "validation"}[what]
-        notes.append(f"the {tap.role} is right on {found[tap.role]:.1f} % of {seen:,} {kind} images")
+        notes.append(
+            f"the {tap.role} is right on {found[tap.role]:.1f} % of {seen:,} {kind} {distillation.task.counted}"
+        )
         problem = _problem(tap, predicted, labels)
         if problem:
             _refuse_strange_classes(distillation, tap, found[tap.role])
@@ -137,19 +139,21 @@ def _refuse_strange_classes(distillation: Distillation, tap: Tap, top1: float) -
 def _answers(distillation: Distillation, tap: Tap, data: Any, what: str) -> tuple[Tensor, Tensor] | None:
     """Return the classes that a teacher names and the labels of some images; ``None`` if there are no labels."""
     alone, start = in_role(distillation, tap.role), time.perf_counter()
-    predicted, labels = [], []
+    predicted, labels, images_seen = [], [], 0
     with generators_kept():
         for images, classes in _labelled(alone, data, what):
             with torch.no_grad():
-                logits = alone.predict_checked(images.to(tap.device))
-            predicted.append(logits.argmax(1).cpu())
-            labels.append(classes.cpu())
-            if sum(map(len, labels)) >= _MEASURED or time.perf_counter() - start > _SECONDS:
+                logits = alone.predict_checked(images.to(tap.device)).cpu()
+            found, right = alone.task.answers(logits, classes)
+            predicted.append(found)
+            labels.append(right)
+            images_seen += len(images)
+            if images_seen >= _MEASURED or time.perf_counter() - start > _SECONDS:
                 break
     return (torch.cat(predicted), torch.cat(labels)) if labels else None
 
 
-def _labelled(alone: Distillation, data: Any, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _labelled(alone: Distillation, data: Any, what: str) -> Iterator[tuple[Tensor, Any]]:
     """Yield small batches of images with class indices, evenly spread over a split where it has an order."""
     dataset = getattr(data, "dataset", None)
     if isinstance(dataset, (TransformedImages, TensorImages)):
@@ -158,11 +162,10 @@ def _labelled(alone: Distillation, data: Any, what: str) -> Iterator[tuple[Tenso
         return
     for batch in islice(data, _MEASURED):
         images, labels = images_and_labels(batch)
-        if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        if not (isinstance(images, Tensor) and alone.task.has_answers(labels)):
             return
-        if labels.ndim != 1 or labels.is_floating_point():
-            return
-        yield from zip(images.split(_BATCH), labels.split(_BATCH), strict=True)
+        for start in range(0, len(images), _BATCH):
+            yield images[start : start + _BATCH], labels[start : start + _BATCH]
 
 
 def _some(alone: Distillation, dataset: TransformedImages | TensorImages) -> Iterable[Any]:
@@ -171,10 +174,9 @@ def _some(alone: Distillation, dataset: TransformedImages | TensorImages) -> Ite
     if isinstance(dataset, TensorImages):
         yield from (dataset[part.tolist()] for part in order.split(_BATCH))
         return
-    transform = image_transform(alone.student_inputs.spec, alone.student_inputs.size, train=False)
-    whole = TransformedImages(dataset.dataset, transform, keys=dataset.keys, skip_unreadable=True)
-    whole.label_map = dataset.label_map
-    yield from DataLoader(Subset(whole, order.tolist()), batch_size=_BATCH)
+    whole = dataset.for_evaluation(alone.student_inputs.spec, alone.student_inputs.size)
+    collate = getattr(whole, "collate", None)
+    yield from DataLoader(Subset(whole, order.tolist()), batch_size=_BATCH, collate_fn=collate)
 
 
 def _problem(tap: Tap, predicted: Tensor, labels: Tensor) -> str:
@@ -225,6 +227,12 @@ def better_order(predicted: Tensor, labels: Tensor) -> float | None:
 
 def _is_chance(right: int, seen: int, classes: int) -> bool:
     """Say whether guessing among the classes gets as many right in more than one of a hundred trials."""
-    chance = 1 / classes
-    below = sum(math.comb(seen, k) * chance**k * (1 - chance) ** (seen - k) for k in range(right))
+    if classes < 2:
+        return True
+    chance, rest = 1 / classes, math.log1p(-1 / classes)
+    below = sum(math.exp(_log_choose(seen, k) + k * math.log(chance) + (seen - k) * rest) for k in range(right))
     return 1 - below > 0.01
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

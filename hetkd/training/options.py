@@ -55,7 +55,8 @@ class TrainingOptions:
             RandAugment and erasing), presets of kornia (`hetkd.data.augment.Augmentation`), or any function of images
             ``[B, C, H, W]`` in [0, 1], for example a ``kornia.augmentation.AugmentationSequential``.
         min_crop: Smallest share of a training picture's area that its random crop keeps; 1 crops as little as the shape
-            allows. For files and PIL images; tensors and loaders are taken as they are.
+            allows. ``None``: 0.08, and 0.25 for segmentation. For files and PIL images; tensors and loaders are taken
+            as they are.
         num_workers: Processes that load images; a loader has its own.
         image_key: Name of the images in samples that are dicts; ``None``: found by name or type.
         label_key: The same for the labels.
@@ -114,7 +115,7 @@ class TrainingOptions:
     balanced_sampling: bool = False
     label_smoothing: float = 0.0
     augment: str | Callable[[Tensor], Tensor] | None = None
-    min_crop: float = 0.08
+    min_crop: float | None = None
     num_workers: int = 0
     image_key: str | None = None
     label_key: str | None = None

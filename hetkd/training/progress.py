@@ -110,6 +110,9 @@ class TrainingProgress:
         ]
         if "top1" in record:
             parts.append(f"val top-1 {record['top1']:.2f} top-5 {record['top5']:.2f} loss {record['loss']:.3f}")
+        if "miou" in record:
+            overlap = f"mIoU {record['miou']:.2f} pixels {record['pixel_accuracy']:.2f}"
+            parts.append(f"val {overlap} loss {record['loss']:.3f}")
         names = {"agreement": "agreement with the teacher", "knn": "nearest neighbours' top-1"}
         parts += [f"{words} {record[name]:.2f}" for name, words in names.items() if name in record]
         self.note("  ".join(parts))

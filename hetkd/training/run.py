@@ -20,7 +20,7 @@ _NEXT_ORDER = 1_000_003
 
 def score(record: Mapping[str, float]) -> float:
     """Return what epochs are compared by, of an epoch's record; -1 if it was not evaluated."""
-    return next((record[name] for name in ("top1", "knn", "agreement") if name in record), -1.0)
+    return next((record[name] for name in ("top1", "miou", "knn", "agreement") if name in record), -1.0)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from hetkd.training.terms import TrainingDiverged
 from hetkd.utils.distributed import largest_of_processes
 from hetkd.utils.files import with_prefix, without_prefix
 
+_KEPT = ("top1", "top5", "miou", "pixel_accuracy", "knn", "agreement")  # what a student's file says of it
 FREE_SETTINGS = {
     "epochs",
     "versions",
@@ -121,7 +122,7 @@ class Saver:
     def save_epoch(self, student: nn.Module, is_best: bool) -> None:
         """Save students, history and a checkpoint after a whole epoch."""
         run = self.run
-        kept = {name: x for name, x in run.state.history[-1].items() if name in ("top1", "top5", "knn", "agreement")}
+        kept = {name: x for name, x in run.state.history[-1].items() if name in _KEPT}
         run.whole.trained = {"epochs": run.state.epoch, **kept, **run.fingerprints}
         if run.folder is None:
             return

@@ -48,6 +48,7 @@ def set_up(
     from timm.utils import ModelEmaV3
 
     whole = distillation
+    whole.task.refuse_options(vars(options))
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     train_loader, val_loader, notes = _open_data(whole, train, val, options, cache)
     _refuse_presets_on_normalized(options, whole)
@@ -79,7 +80,7 @@ def set_up(
         scheduler=_make_scheduler(optimizer.optimizer, options, epochs, batches.updates),
         ema=None if options.ema is None else ModelEmaV3(whole.student, decay=options.ema, use_warmup=True),
         train=batches,
-        val=None if val_loader is None else shared_out(val_loader, "val", whole.classes, options.seed, accelerator),
+        val=None if val_loader is None else shared_out(val_loader, "val", whole, options.seed, accelerator),
         mixing=mixing,
         accelerator=accelerator,
         folder=folder,
@@ -188,7 +189,7 @@ def _train_loader(
     if options.class_weights is not None and not distillation.method.ce_weight:
         raise ValueError("class_weights weigh the cross-entropy, but ce_weight=0 leaves it out.")
     size, spec = distillation.loading_size, distillation.student_inputs.spec
-    min_crop = options.min_crop
+    min_crop = distillation.task.min_crop if options.min_crop is None else options.min_crop
     if cache is not None:
         size, spec = cache.loading(size, spec)
         min_crop = (cache.about.get("loading") or {}).get("min_crop", min_crop)
@@ -206,6 +207,7 @@ def _train_loader(
         min_crop=min_crop,
         sampler=_balanced_sampler if options.balanced_sampling else None,
         wrap=None if cache is None else with_cache,
+        make=distillation.task.make_dataset,
     )
 
 

@@ -139,6 +139,12 @@ PICTURES = {
         "KL divergence of both parts: TCKD and NCKD",
         logits="({alpha:g} x TCKD + {beta:g} x NCKD), T = {temperature:g}",
     ),
+    "cwd": Picture(
+        ("logits of each pixel", "for each class a distribution over the pixels, at temperature T"),
+        None,
+        "KL divergence of each class",
+        logits="channel-wise KL divergence, T = {temperature:g}",
+    ),
     "kd": Picture(("logits", "probabilities at temperature T"), None, "KL divergence"),
     "ce": Picture((), ("logits",), "cross-entropy with the labels", title="No teacher is run"),
 }

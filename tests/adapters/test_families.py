@@ -61,7 +61,7 @@ def check_tap(model: nn.Module, family: str, pixels: int, grids: list[int], expe
     adapter = find_adapter(model)
     assert adapter.family == family
     x = torch.randn(2, 3, pixels, pixels)
-    stages, classes, _ = probe(adapter, model, x[:1])
+    stages, classes, *_ = probe(adapter, model, x[:1])
     chosen = choose_stages(stages)
     assert [stage.grid for stage in chosen] == [(grid, grid) for grid in grids]
     stem = next(module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
@@ -147,6 +147,6 @@ def test_the_last_stage_is_the_map_before_pooling(name, pixels):
     model = timm_model(name, pixels)
     x = torch.randn(2, 3, pixels, pixels)
     adapter = find_adapter(model)
-    stages, _, _ = probe(adapter, model, x)
+    stages, *_ = probe(adapter, model, x)
     features = adapter.run(model, x, [stages[-1].name])
     torch.testing.assert_close(features.maps[0].mean((2, 3)), features.pooled)

@@ -43,7 +43,7 @@ def test_generic_finds_stages_of_any_layout(model, grids):
     model.eval()
     adapter = find_adapter(model)
     x = torch.randn(2, 3, 32, 48)
-    stages, classes, _ = probe(adapter, model, x)
+    stages, classes, *_ = probe(adapter, model, x)
     assert adapter.family == "other"
     assert classes == 10
     assert [stage.grid for stage in choose_stages(stages)] == grids
@@ -75,7 +75,7 @@ def test_generic_takes_blocks_not_their_branches():
     assert [stage.name for stage in d.taps["student"].stages] == ["b1", "b2", "b3"]
     assert d.classes == 10
     googlenet = load_model("torchvision:googlenet", pretrained=False, num_classes=10, init_weights=False)
-    stages, _, _ = probe(find_adapter(googlenet), googlenet, torch.rand(2, 3, 64, 64))
+    stages, *_ = probe(find_adapter(googlenet), googlenet, torch.rand(2, 3, 64, 64))
     assert [(s.name, s.channels) for s in choose_stages(stages)][1:] == [
         ("inception3b", 480),
         ("inception4e", 832),
@@ -131,7 +131,7 @@ def test_a_timm_subclass_with_a_forward_of_its_own_runs_it():
     x = torch.rand(2, 3, 64, 64)
     plain = model(x)
     model.__class__ = Tripled
-    stages, _, _ = probe(find_adapter(model), model, x)
+    stages, *_ = probe(find_adapter(model), model, x)
     assert torch.equal(find_adapter(model).run(model, x, [stages[-1].name]).logits, 3 * plain)
 
 
@@ -147,7 +147,7 @@ def test_a_model_compiled_in_place_is_tapped():
 def test_timm_model_of_no_family_is_tapped_generically():
     model = tiny_cnn().eval()
     generic = adapters["generic"]()
-    stages, classes, _ = probe(generic, model, torch.randn(1, 3, 64, 64))
+    stages, classes, *_ = probe(generic, model, torch.randn(1, 3, 64, 64))
     assert classes == 10
     assert [stage.height for stage in choose_stages(stages)] == [16, 8, 4, 2]
 

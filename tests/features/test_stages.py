@@ -54,7 +54,7 @@ def test_stages_of_both_sides_by_module_path():
 
 def test_a_stage_by_module_path_stands_where_it_runs():
     model = timm.create_model("resnet18", num_classes=10).eval()
-    stages, _, _ = probe(find_adapter(model), model, torch.rand(1, 3, 64, 64), ["layer4.0", "layer1.0", "maxpool"])
+    stages, *_ = probe(find_adapter(model), model, torch.rand(1, 3, 64, 64), ["layer4.0", "layer1.0", "maxpool"])
     names = [stage.name for stage in stages]
     assert names == ["act1", "maxpool", "layer1.0", "layer1", "layer2", "layer3", "layer4.0", "layer4"]
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from running import RECIPES, finish, run
 
-from hetkd.data.images import image_transform
+from hetkd.data.transforms import image_transform
 from hetkd.models.inputs import InputSpec
 
 

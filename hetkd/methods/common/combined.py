@@ -82,7 +82,7 @@ class Composite(Method):
     def _bind_parts(self, pairs: Sequence[Sequence[StagePair]]) -> None:
         super().bind([pair for of_part in pairs for pair in of_part])
         for part, of_part in zip(self.methods, pairs, strict=True):
-            part.classes = self.classes
+            part.classes, part.task = self.classes, self.task
             part.bind(of_part)
         self.pairs = tuple(pair for part in self.methods for pair in part.pairs or ())
 
@@ -209,7 +209,7 @@ class Combined(Composite):
         """Return the targets of all parts; the logits, which they have in common, once."""
         targets: Targets = {}
         if self.uses_teacher_logits and teacher.logits is not None:
-            targets["logits"] = at_least_float32(teacher.logits.detach())
+            targets["logits"] = self.task.compact(at_least_float32(teacher.logits.detach()))
         maps = iter(teacher.maps)
         for number, part in enumerate(self.methods):
             own = tuple(next(maps) for _ in part.teacher_stages())

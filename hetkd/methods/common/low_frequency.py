@@ -14,8 +14,6 @@ from hetkd.spectral import low_waves
 from hetkd.spectral.precision import separable
 from hetkd.utils.checks import choice, whole_number
 
-_FREQUENCIES = 5
-
 
 class LowFrequencyMethod(FeatureMethod):
     """Base of methods that compare coefficients of low frequencies ``[B, N, D]``: N waves, D channels.
@@ -27,8 +25,8 @@ class LowFrequencyMethod(FeatureMethod):
 
     Args:
         feature_weight: Weight of the features' loss; ``stage_weights`` divide it among the stages.
-        grid: Largest side of the common grid in pixels.
-        keep: K, the waves kept per axis; ``None`` keeps 5, or fewer on a smaller grid.
+        grid: Largest side of the common grid in pixels; ``None``: 8, and 32 for segmentation.
+        keep: K, the waves kept per axis; ``None`` keeps 5 of 8, 21 of 32, or fewer on a smaller grid.
         width: D, the largest number of channels to compare; a fixed orthonormal map reduces a wider teacher to it.
         reduction: How that map is chosen: ``"orthogonal"``, at random, or ``"pca"``, from the first batch.
         kd_weight: Weight of the KL divergence between logits. Use 0 for a teacher without a classifier; the last stage
@@ -43,7 +41,7 @@ class LowFrequencyMethod(FeatureMethod):
         self,
         *,
         feature_weight: float = 100.0,
-        grid: int = 8,
+        grid: int | None = None,
         keep: int | None = None,
         width: int = 256,
         reduction: str = "orthogonal",
@@ -53,7 +51,7 @@ class LowFrequencyMethod(FeatureMethod):
     ) -> None:
         super().__init__(feature_weight=feature_weight, kd_weight=kd_weight, temperature=temperature, **common)
         self.leaves_last_stage = self.kd_weight > 0
-        self.grid = whole_number("grid", grid)
+        self._grid = None if grid is None else whole_number("grid", grid)
         self.keep = None if keep is None else whole_number("keep", keep)
         self.width = whole_number("width", width)
         self.reduction = choice("reduction", reduction, ["orthogonal", "pca"])
@@ -71,6 +69,11 @@ class LowFrequencyMethod(FeatureMethod):
         self.teacher_view = self.views_of([pair.teacher.grid for pair in pairs])
         self.student_view = self.views_of([pair.student.grid for pair in pairs])
         self.project = self.projections_from([pair.student.channels for pair in pairs])
+
+    @property
+    def grid(self) -> int:
+        """Largest side of the common grid in pixels."""
+        return self._grid or self.task.common_grid
 
     def grid_of(self, pair: StagePair) -> tuple[int, int]:
         """Return the common grid of a stage pair."""
@@ -91,7 +94,7 @@ class LowFrequencyMethod(FeatureMethod):
 
     def _keep_of(self, pair: StagePair, largest: int) -> int:
         if self.keep is None:
-            return min(_FREQUENCIES, largest)
+            return min(self.task.kept_waves(self.grid), largest)
         if self.keep > largest:
             raise ValueError(
                 f"keep={self.keep} must be between 1 and {largest}, the smallest side of the grid of the stage pair "

@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from hetkd.features.adapter import Features, StagePair
 from hetkd.spectral.precision import at_least_float32
+from hetkd.tasks import Classification, Task
 from hetkd.utils.checks import Registry, check_option_names, not_negative, positive
 
 Targets = dict[str, Tensor]
@@ -54,9 +56,12 @@ class Method(nn.Module, ABC):
         pairs: The stage pairs, known after `bind`.
         classes: Number of the student's classes, or ``None`` without a classifier; known before `bind`.
         class_weights: ``[classes]``, weights in the cross-entropy, or ``None``: all alike.
+        task: Says what labels and logits are; known before `bind`.
+        tasks: Names of the tasks that the method is for.
     """
 
     automatic_stages: ClassVar[int] = 0
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "segmentation")
     uses_distillation_token: bool = False
     batch_statistics: str | None = None
     logit_term: ClassVar[str] = "kd"
@@ -75,6 +80,7 @@ class Method(nn.Module, ABC):
         self.pairs: tuple[StagePair, ...] | None = None
         self.classes: int | None = None
         self.class_weights: Tensor | None = None
+        self.task: Task = Classification()
 
     @property
     def uses_teacher(self) -> bool:
@@ -159,7 +165,7 @@ class Method(nn.Module, ABC):
         """
         targets: Targets = {}
         if self.uses_teacher_logits and teacher.logits is not None:
-            targets["logits"] = at_least_float32(teacher.logits.detach())
+            targets["logits"] = self.task.compact(at_least_float32(teacher.logits.detach()))
         for index, x in enumerate(teacher.maps):
             with torch.autocast(x.device.type, enabled=False):
                 targets[f"stage{index}"] = self.encode_stage(index, at_least_float32(x.detach()))
@@ -197,19 +203,25 @@ class Method(nn.Module, ABC):
         Args:
             student: The maps of the student's stages of `pairs`, in their order, and its logits.
             targets: The result of `encode` for the same images.
-            labels: Class indices ``[B]`` (int64), class probabilities ``[B, classes]`` (mixing, label smoothing), or
-                ``None``: no cross-entropy.
+            labels: Class indices ``[B]`` (int64), class probabilities ``[B, classes]`` (mixing, label smoothing), masks
+                ``[B, H, W]`` of a segmenter, or ``None``: no cross-entropy.
 
         Returns:
             Scalars in float32; their sum is the loss.
         """
         terms: dict[str, Tensor] = {}
         if labels is not None and self.ce_weight:
-            terms["ce"] = self.ce_weight * F.cross_entropy(student_logits(student), labels, self.class_weights)
+            ce = self.task.cross_entropy(student_logits(student), labels, self.class_weights)
+            terms["ce"] = self.ce_weight * ce
         if self.kd_weight:
-            terms[self.logit_term] = self.kd_weight * self.logit_loss(student, targets["logits"], labels)
+            terms[self.logit_term] = self.kd_weight * self.compare_logits(student, targets["logits"], labels)
         terms.update(self.feature_terms(student, targets, labels))
         return terms
+
+    def compare_logits(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Return `logit_loss` of what the task compares: images of a classifier, valid pixels of a segmenter."""
+        rows = self.task.rows(student_logits(student), teacher, labels)
+        return self.logit_loss(replace(student, logits=rows.student), rows.teacher, rows.labels)
 
     def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the loss on logits: T^2 KL(teacher || student) at temperature T, mean over the batch.
@@ -288,13 +300,19 @@ def register_method(name: str) -> Callable[[MethodClass], MethodClass]:
     return decorate
 
 
-def list_methods() -> list[str]:
+def list_methods(task: str | None = None) -> list[str]:
     """Return the names that ``Distiller(..., method=NAME)`` takes.
 
-    >>> "sfkd" in list_methods()
-    True
+    Args:
+        task: Only the methods for ``"classification"`` or ``"segmentation"``; ``None``: all.
+
+    Example:
+        >>> "sfkd" in list_methods()
+        True
+        >>> "cwd" in list_methods("classification")
+        False
     """
-    return methods.names()
+    return [name for name in methods.names() if task is None or task in methods[name].tasks]
 
 
 def make_method(method: "str | Method", options: dict[str, Any]) -> Method:

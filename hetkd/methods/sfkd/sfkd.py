@@ -121,7 +121,7 @@ class SFKD(LowFrequencyMethod):
         if self.levels is not None:
             return self.levels
         side = min(self.grid, _smallest_side(pair))
-        return next(levels for levels in (2, 1, 0) if levels == 0 or 2**levels < side)
+        return next(levels for levels in range(self.task.levels, -1, -1) if levels == 0 or 2**levels < side)
 
     def _check_levels(self, pairs: Sequence[StagePair]) -> None:
         if self.ds2s is None or self.levels is None or not pairs:

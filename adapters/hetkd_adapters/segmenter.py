@@ -1,0 +1,49 @@
+"""Segmenters: the stages of their encoders; what the decoder makes of them is no feature of its own."""
+
+import re
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from hetkd.features import is_segmenter, tapped
+from hetkd_adapters.generic import GenericAdapter
+from hetkd_adapters.libraries import is_tappable_timm, timm_stage_names
+
+_ENCODERS = ("encoder", "backbone")
+
+
+class SegmenterAdapter(GenericAdapter):
+    """Segmenters of torchvision, Hugging Face, segmentation_models_pytorch and `hetkd.load_model`, and own ones alike.
+
+    They have an encoder beside a decoder.
+    """
+
+    family = "segmenter"
+    priority: ClassVar[int] = 2
+
+    def accepts(self, model: nn.Module) -> bool:
+        """Accept modules of an encoder and a decoder."""
+        of_library = is_segmenter(model)
+        names = [name for name, _ in model.named_children()]
+        has_decoder = of_library or any(re.fullmatch("decode.*|segmentation_head", name) for name in names)
+        return has_decoder and self._encoder(model) is not None
+
+    def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
+        """List timm's features, or the blocks of the encoder with spatial outputs."""
+        name = self._encoder(model)
+        encoder = model.get_submodule(str(name))
+        if is_tappable_timm(encoder):
+            listed = timm_stage_names(encoder, images)
+        elif type(model).__module__.startswith("torchvision"):
+            listed = [child for child, _ in encoder.named_children()]
+        else:
+            return [stage for stage in super().stage_names(model, images) if stage.startswith(f"{name}.")]
+        paths = {path for path, _ in encoder.named_modules()}
+        names = [f"{name}.{stage}" for stage in listed if stage in paths]
+        with tapped(model, names) as outputs:
+            self.call(model, images)
+        return [stage for stage in names if stage in outputs.finished]
+
+    def _encoder(self, model: nn.Module) -> str | None:
+        names = (*_ENCODERS, getattr(model, "base_model_prefix", ""))  # the latter is Hugging Face's
+        return next((name for name, _ in model.named_children() if name in names), None)

@@ -1,0 +1,304 @@
+"""Images with masks: folders of pairs, datasets of (image, mask), tensors, loaders; joint crops of both."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hetkd.data.folders import EXTENSIONS, picture_files
+from hetkd.data.images import TensorImages, TransformedImages, make_dataset
+from hetkd.data.pictures import name_of, open_picture, raise_for_content
+from hetkd.data.samples import Keys, as_picture
+from hetkd.data.seeding import sample_seed, seeded
+from hetkd.data.transforms import picture_tensor, resize_transform
+from hetkd.models.inputs import InputSpec
+
+_IMAGES, _MASKS = ("images", "image", "img"), ("masks", "labels", "annotations", "mask", "annotation")
+_MASK_KEYS = ("mask", "annotation", "segmentation_mask", "semantic_segmentation", "label", "labels")
+_JITTER, _NARROWEST = 0.3, 0.75
+Colors = Sequence[tuple[int, ...]]
+
+
+class MaskFolder(Dataset[Any]):
+    """Images and their masks: ``images/`` and ``masks/`` with the same names, or both beside each other.
+
+    Beside each other, a mask is the PNG of an image of another kind (``a.jpg`` and ``a.png``). A file ``classes.txt``
+    there, or in the folder above, has the name of a class a line.
+
+    Args:
+        path: The folder.
+        what: Name of the argument, for errors.
+
+    Attributes:
+        paths: Of the images.
+        masks: Their masks.
+        classes: Names of the classes, or ``None``.
+        notes: What a person should know of it.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If there are no pairs, or images without a mask.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        path = path.expanduser()
+        if not path.is_dir():
+            raise FileNotFoundError(f"{what}={str(path)!r} is no folder.")
+        images, masks = _separate(path) or _together(path, what)
+        self.paths = [image for stem, image in sorted(images.items()) if stem in masks]
+        self.masks = [masks[stem] for stem in sorted(images) if stem in masks]
+        missing = [str(image) for stem, image in sorted(images.items()) if stem not in masks]
+        if not self.paths:
+            raise ValueError(
+                f"{what}={str(path)!r} must hold images/ and masks/ with the same names, or images with PNG masks of "
+                "the same names."
+            )
+        if missing:
+            raise ValueError(f"{what} has {len(missing)} images without a mask: {', '.join(missing[:3])}.")
+        alone = [str(mask) for stem, mask in sorted(masks.items()) if stem not in images]
+        self.notes = [f"{what}: {len(alone)} masks have no image: {', '.join(alone[:3])}"] if alone else []
+        self.classes = _names(path)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        return open_picture(self.paths[index]), open_picture(self.masks[index])
+
+
+def _separate(path: Path) -> tuple[dict[str, Path], dict[str, Path]] | None:
+    folders = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
+    images, masks = (next((folders[n] for n in names if n in folders), None) for names in (_IMAGES, _MASKS))
+    if images is None or masks is None:
+        return None
+    listed = [{_stem(file, folder): file for file in picture_files(folder)} for folder in (images, masks)]
+    return listed[0], listed[1]
+
+
+def _stem(file: Path, folder: Path) -> str:
+    return str(file.relative_to(folder).with_suffix(""))
+
+
+def _together(path: Path, what: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in EXTENSIONS]
+    images = {file.stem: file for file in files if file.suffix.lower() != ".png"}
+    if not images and any(entry.is_dir() for entry in path.iterdir()):
+        raise ValueError(
+            f"{what}={str(path)!r} holds folders, but neither images/ nor masks/: segmentation needs a mask an image."
+        )
+    return images, {file.stem: file for file in files if file.suffix.lower() == ".png"}
+
+
+def _names(path: Path) -> list[str] | None:
+    found = next((file for file in (path / "classes.txt", path.parent / "classes.txt") if file.is_file()), None)
+    return None if found is None else found.read_text().split("\n")[: len(found.read_text().strip().split("\n"))]
+
+
+class MaskedImages(TransformedImages):
+    """A dataset of (image, mask), both transformed alike; tensors pass as they are.
+
+    Args:
+        dataset: PIL images or arrays with masks: classes in 8 or 16 bits, palettes, or colours.
+        transform: From image ``[C, H, W]`` and mask ``[H, W]`` to the same.
+        read_mask: From a mask as it is to classes ``[H, W]``, int64.
+        spec: Whether images have colour.
+        seed: See `TransformedImages`.
+        **options: Of `TransformedImages`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        read_mask: Callable[[Any], Tensor],
+        spec: InputSpec,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, partial(_pixels, spec=spec), seed, **options)
+        self._both, self._read_mask, self.collate = transform, read_mask, together
+
+    def _load(self, index: int) -> Any:
+        with nullcontext() if self.seed is None else seeded(sample_seed(self.seed, self.epoch, index)):
+            name = name_of(self.dataset, index)
+            image, mask = image_and_mask(self.dataset[index], self.keys, name)
+            image = as_picture(image)
+            try:
+                pixels = image if isinstance(image, Tensor) else self.transform(image)
+                classes = self._read_mask(mask)
+            except ValueError as error:
+                raise ValueError(f"the mask of {name} {error}") from error
+            except Exception as error:
+                raise_for_content(name, error)
+            if pixels.shape[-2:] != classes.shape:
+                raise ValueError(
+                    f"the mask of {name} has {classes.shape[1]} x {classes.shape[0]} pixels, its image "
+                    f"{pixels.shape[2]} x {pixels.shape[1]}."
+                )
+            return self._both(pixels, classes)
+
+    def for_evaluation(self, spec: InputSpec, size: tuple[int, int]) -> TransformedImages:
+        """See `TransformedImages.for_evaluation`."""
+        return MaskedImages(
+            self.dataset, WholeImage(spec, size), self._read_mask, spec, keys=self.keys, skip_unreadable=True
+        )
+
+    def picture(self, index: int) -> Any:
+        """Return an image as it is, before the transform."""
+        return as_picture(image_and_mask(self.dataset[index], self.keys, name_of(self.dataset, index))[0])
+
+    def order_classes(self, classes: Sequence[str], other: str, what: str) -> list[str]:
+        """Return nothing: masks hold the numbers of the classes."""
+        return []
+
+
+def _pixels(image: Any, spec: InputSpec) -> Tensor:
+    return picture_tensor(image, spec)
+
+
+def image_and_mask(sample: Any, keys: Keys, name: str) -> tuple[Any, Any]:
+    """Take a sample ``(image, mask)`` or a dict apart.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(sample, Mapping):
+        mask = keys.label or next((key for key in _MASK_KEYS if key in sample), None)
+        image = keys.image or next((key for key in ("image", "pixel_values", "images") if key in sample), None)
+        if image in sample and mask in sample and image is not None and mask is not None:
+            return sample[image], sample[mask]
+        raise TypeError(f"{name} has the keys {sorted(sample)}: name both, image_key='image', label_key='mask'.")
+    if isinstance(sample, (tuple, list)) and len(sample) == 2:
+        return sample[0], sample[1]
+    raise TypeError(f"{name} must be (image, mask) or a dict of both, got {type(sample).__name__}.")
+
+
+def make_mask_dataset(
+    data: Any,
+    *,
+    what: str,
+    spec: InputSpec,
+    size: tuple[int, int],
+    train: bool,
+    seed: int = 0,
+    skip_unreadable: bool = False,
+    keys: Keys = Keys(),  # noqa: B008  (a constant)
+    min_crop: float = 0.25,
+    ignore_index: int = 255,
+    colors: Colors | None = None,
+) -> Any:
+    """Make a dataset of images with masks.
+
+    Args:
+        data: A folder (see `MaskFolder`), a dataset of (image, mask) or of dicts, tensors, or a loader, which is
+            returned as it is.
+        what: See `hetkd.data.images.make_dataset`, as for the next ones.
+        spec: See there.
+        size: Height and width of training crops, and of images that students are evaluated on.
+        train: See there.
+        seed: See there.
+        skip_unreadable: See there.
+        keys: See there.
+        min_crop: See there.
+        ignore_index: The value of pixels without a class.
+        colors: See `hetkd.tasks.Segmentation`.
+    """
+    if isinstance(data, (str, Path)):
+        data = MaskFolder(Path(data), what)
+    plain = make_dataset(data, what=what, spec=spec, size=size, train=train, keys=Keys())
+    if isinstance(plain, TensorImages) and (plain.labels is None or plain.labels.ndim != 3):
+        raise ValueError(f"{what} needs masks [N, H, W] beside its images: {what}=(images, masks).")
+    if not isinstance(plain, TransformedImages):
+        return plain
+    return MaskedImages(
+        data,
+        TrainingCrop(spec, size, min_crop) if train else WholeImage(spec, size),
+        partial(read_mask, colors=colors, ignore_index=ignore_index),
+        spec,
+        seed if train else None,
+        skip_unreadable=skip_unreadable,
+        keys=keys,
+    )
+
+
+def read_mask(mask: Any, colors: Colors | None, ignore_index: int) -> Tensor:
+    """Turn a mask into classes ``[H, W]``, int64.
+
+    Args:
+        mask: A PIL image (8 or 16 bits, palette or colour), an array or a tensor.
+        colors: RGB of each class, of masks in colour.
+        ignore_index: For other colours.
+
+    Raises:
+        ValueError: If it is in colour and there is no table, or of another shape.
+    """
+    import numpy as np
+
+    pixels = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    if pixels.ndim == 3 and pixels.shape[-1] in (3, 4) and colors is not None:
+        return _classes_of_colors(pixels[..., :3].long(), colors, ignore_index)
+    if pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
+        raise ValueError(
+            "is in colour: say the colour of each class, task=Segmentation(colors=[(128, 0, 0), ...]), or save "
+            "masks of class numbers."
+        )
+    pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
+    if pixels.ndim != 2 or pixels.is_floating_point():
+        raise ValueError(f"has shape {list(pixels.shape)} and type {pixels.dtype}: it must be whole numbers [H, W].")
+    return pixels.long()
+
+
+def _classes_of_colors(pixels: Tensor, colors: Colors, ignore_index: int) -> Tensor:
+    classes = torch.full(pixels.shape[:2], ignore_index, dtype=torch.int64)
+    for number, color in enumerate(colors):
+        classes[(pixels == torch.tensor(color)).all(-1)] = number
+    return classes
+
+
+class TrainingCrop:
+    """Crops, flips and colours an image ``[C, H, W]`` at random, and its mask ``[H, W]`` alike.
+
+    Args:
+        spec: How images are resized, and whether they have colour.
+        size: Height and width that come out.
+        min_crop: Smallest share of the area that is kept.
+    """
+
+    def __init__(self, spec: InputSpec, size: tuple[int, int], min_crop: float) -> None:
+        from torchvision.transforms import InterpolationMode, v2
+
+        aspect, hue = size[1] / size[0], 0.05 if spec.channels == 3 else 0
+        ratio, scale = (_NARROWEST * aspect, aspect / _NARROWEST), (min_crop, 1.0)
+        crop = v2.RandomResizedCrop(size, scale, ratio, interpolation=InterpolationMode(spec.interpolation))
+        colour = v2.ColorJitter(_JITTER, _JITTER, _JITTER if spec.channels == 3 else 0, hue)
+        self._transform = v2.Compose([crop, v2.RandomHorizontalFlip(), colour])
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return image and mask of the crop."""
+        from torchvision import tv_tensors
+
+        pixels, classes = self._transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return pixels.as_subclass(Tensor), classes.as_subclass(Tensor)
+
+
+class WholeImage:
+    """Resizes an image to what the student takes; the mask keeps its size, at which students are measured."""
+
+    def __init__(self, spec: InputSpec, size: tuple[int, int]) -> None:
+        self._resize = resize_transform(spec, size)
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the resized image, and the mask as it is."""
+        return self._resize(image), mask
+
+
+def together(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Any]:
+    """Return a batch: images ``[B, C, H, W]``, and masks ``[B, H, W]``, or a list of masks of several sizes."""
+    images, masks = zip(*samples, strict=True)
+    alike = len({mask.shape for mask in masks}) == 1
+    return torch.stack(images), torch.stack(masks) if alike else list(masks)

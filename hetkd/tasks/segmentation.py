@@ -1,0 +1,167 @@
+"""Semantic segmentation: one class a pixel."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetkd.data.masks import make_mask_dataset
+from hetkd.tasks.task import Metrics, Rows, Task
+
+_LARGEST_LOGITS = 128
+_PIXELS = 4  # an axis of each image, to see what a teacher knows
+_IN_FOLDERS = "folders of images and masks are scaled, cropped, flipped and coloured when they are loaded"
+
+
+class Segmentation(Task):
+    """One class a pixel; labels are masks of classes ``[B, H, W]``, int64.
+
+    Logits of any stride are resized bilinearly: to the mask for the cross-entropy and the metrics, to the coarser of
+    both grids where student and teacher are compared.
+
+    Args:
+        ignore_index: The value of pixels without a class; they count nowhere.
+        colors: Of masks in colour, RGB of each class in order: ``[(128, 0, 0), (0, 128, 0), ...]``; other colours have
+            no class.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    name = "segmentation"
+    is_dense = True
+    common_grid = 32
+    levels = 3
+    min_crop = 0.25
+    counted = "pixels"
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "mixup": "leave it out",
+        "cutmix": "leave it out",
+        "label_smoothing": "leave it out",
+        "balanced_sampling": "use class_weights=[...], a number for each class",
+        "augment": _IN_FOLDERS,
+        "top_k": "logits of all classes are kept",
+        "report": "the report is for classifiers",
+    }
+
+    def __init__(self, *, ignore_index: int = 255, colors: Sequence[Sequence[int]] | None = None) -> None:
+        if not (isinstance(ignore_index, int) and -1000 <= ignore_index <= 65535):
+            raise ValueError(f"ignore_index={ignore_index!r} must be a whole number, as 255.")
+        if colors is not None and not all(len(color) == 3 for color in colors):
+            raise ValueError(f"colors={list(colors)[:2]}... must have three numbers for each class: (128, 0, 0).")
+        self.ignore_index = ignore_index
+        self.colors = None if colors is None else [tuple(int(value) for value in color) for color in colors]
+
+    def check_labels(self, labels: Any, images: Tensor, classes: int | None, look_at_values: bool) -> None:
+        """Refuse anything but masks ``[B, H, W]`` of int64 with classes below ``classes`` or ``ignore_index``."""
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"masks must be a tensor [B, H, W], got {type(labels).__name__}.")
+        if labels.dtype != torch.int64:
+            raise TypeError(f"masks have dtype {labels.dtype}: give classes as int64 (masks.long()).")
+        if labels.ndim != 3 or len(labels) != len(images):
+            raise ValueError(f"masks have shape {list(labels.shape)} for {len(images)} images; give [B, H, W].")
+        if labels.shape[1:] != images.shape[2:]:
+            raise ValueError(
+                f"masks have {labels.shape[2]} x {labels.shape[1]} pixels, images {images.shape[3]} x "
+                f"{images.shape[2]}: give both the same size."
+            )
+        if look_at_values:
+            self._check_values(labels, classes)
+            if (labels == self.ignore_index).all():
+                raise ValueError(f"no pixel of a batch has a class: all are ignore_index={self.ignore_index}.")
+
+    def _check_values(self, labels: Tensor, classes: int | None) -> None:
+        valid = labels[labels != self.ignore_index]
+        if classes is not None and len(valid) and not (int(valid.min()) >= 0 and int(valid.max()) < classes):
+            raise ValueError(
+                f"masks range from {int(valid.min())} to {int(valid.max())}, but the student has {classes} classes "
+                f"(0 to {classes - 1}); pixels without a class are ignore_index={self.ignore_index}: "
+                "task=Segmentation(ignore_index=...)."
+            )
+
+    def checked_for_evaluation(self, labels: Any, images: Tensor, classes: int | None) -> Any:
+        """Return masks ``[B, H, W]``, or a list of masks ``[H, W]`` of several sizes."""
+        masks = labels if isinstance(labels, (Tensor, list)) else torch.as_tensor(labels)
+        if len(masks) != len(images):
+            raise ValueError(f"{len(masks)} masks for {len(images)} images.")
+        for mask in masks:
+            if mask.ndim != 2 or mask.dtype != torch.int64:
+                raise ValueError(f"val needs masks [H, W] of int64, got {list(mask.shape)} of {mask.dtype}.")
+            self._check_values(mask, classes)
+        return masks
+
+    def has_answers(self, labels: Any) -> bool:
+        """Say whether labels are masks."""
+        return isinstance(labels, (Tensor, list)) and all(mask.ndim == 2 for mask in labels)
+
+    def answers(self, logits: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+        """Return the classes of a few pixels of each image, evenly spread: neighbours tell little more."""
+        found, right = [], []
+        for each, mask in zip(logits, labels, strict=True):
+            rows, columns = (torch.linspace(0, side - 1, _PIXELS + 2)[1:-1].round().long() for side in mask.shape)
+            named = resized(each[None], mask.shape).argmax(1)[0]
+            some = mask.cpu()[rows][:, columns]
+            found.append(named[rows][:, columns][some != self.ignore_index])
+            right.append(some[some != self.ignore_index])
+        return torch.cat(found), torch.cat(right)
+
+    def statistics(self, logits: Tensor, labels: Any) -> tuple[Tensor, ...]:
+        """Return for each image the pairs of true and named class, and sum and number of the cross-entropies."""
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+        pairs, losses = [], []
+        for each, mask in zip(logits, labels, strict=True):
+            mask, own = mask.to(logits.device)[None], resized(each[None], mask.shape)
+            valid = mask != self.ignore_index
+            named = own.argmax(1)[valid]
+            pairs.append(multiclass_confusion_matrix(named, mask[valid], logits.shape[1], validate_args=False))
+            loss = F.cross_entropy(own, mask, ignore_index=self.ignore_index, reduction="sum")
+            losses.append(torch.stack([loss.double(), valid.sum().double()]))
+        return torch.stack(pairs), torch.stack(losses)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """Return the mean over valid pixels of the mask."""
+        return F.cross_entropy(resized(logits, labels.shape[-2:]), labels, weights, ignore_index=self.ignore_index)
+
+    def rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Rows:
+        """Return the logits of pixels with a class, on the coarser of both grids; without labels of all pixels."""
+        grid = torch.Size(min(sizes) for sizes in zip(student.shape[-2:], teacher.shape[-2:], strict=True))
+        own, others = (resized(x, grid).movedim(1, -1) for x in (student, teacher))
+        if labels is None:
+            return Rows(own.flatten(0, 2), others.flatten(0, 2), None)
+        coarse = F.interpolate(labels[:, None].float(), grid, mode="nearest-exact")[:, 0].long()
+        valid = coarse != self.ignore_index
+        return Rows(own[valid], others[valid], coarse[valid])
+
+    def metrics(self, classes: Sequence[str], device: torch.device, *, sync: bool) -> Metrics:
+        """Return mean IoU, IoU a class and pixel accuracy in percent, and the cross-entropy."""
+        from hetkd.tasks.overlaps import Overlaps  # torchmetrics is slow to import
+
+        metrics: Metrics = Overlaps(classes, sync_on_compute=sync).to(device)
+        return metrics
+
+    def kept_waves(self, grid: int) -> int:
+        """Return the same share of all waves as for classification: 5 of 8, 21 of 32."""
+        return 5 * grid // 8 | 1
+
+    def make_dataset(self, data: Any, **options: Any) -> Any:
+        """See `hetkd.data.masks.make_mask_dataset`."""
+        return make_mask_dataset(data, ignore_index=self.ignore_index, colors=self.colors, **options)
+
+    def compact(self, logits: Tensor) -> Tensor:
+        """Return logits with at most 128 pixels a side: a library may have enlarged them to the image's size."""
+        largest = max(logits.shape[-2:])
+        if largest <= _LARGEST_LOGITS:
+            return logits
+        grid = torch.Size(max(1, round(side * _LARGEST_LOGITS / largest)) for side in logits.shape[-2:])
+        return F.interpolate(logits, grid, mode="bilinear", align_corners=False, antialias=True)
+
+
+def resized(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Return logits ``[B, classes, h, w]`` at another size, bilinearly, with antialiasing where it is smaller."""
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    smaller = logits.shape[-1] > size[-1]
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False, antialias=smaller)
