@@ -145,7 +145,6 @@ class Distiller(InspectedDistillation):
 
         Raises:
             ValueError: If ``path`` holds another cache, or the method uses no teacher.
-            TypeError: If ``train`` is a loader.
         """
         from hetkd.cache.write import write_cache
         from hetkd.data.images import as_single_images
@@ -153,8 +152,7 @@ class Distiller(InspectedDistillation):
         if not self.teachers.taps:
             raise ValueError(f"{self.method.title} uses no teacher, so there is nothing to cache.")
         self.task.refuse_options({"top_k": top_k})
-        size, spec = self.loading_size, self.student_inputs.spec
-        min_crop = self.task.min_crop if min_crop is None else min_crop
+        size, spec, min_crop = self.loading_size, self.student_inputs.spec, min_crop or self.task.min_crop
         kept: dict[str, Any] = {"size": size, "spec": spec, "min_crop": min_crop, "seed": seed}
         kept["skip_unreadable"] = choice("unreadable", unreadable, ["error", "skip"]) == "skip"
         dataset = self.task.make_dataset(train, what="train", train=True, **kept)

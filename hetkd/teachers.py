@@ -117,6 +117,7 @@ class RecordedTeacher:
         classes: Number of classes of its classifier, or ``None``.
         pooled: Length of the vector before the classifier, or ``None``.
         stages: Those that can be chosen.
+        is_dense: Whether its logits are maps.
     """
 
     cache: str
@@ -127,16 +128,19 @@ class RecordedTeacher:
     classes: int | None
     pooled: int | None
     stages: tuple[Stage, ...]
+    is_dense: bool = False
 
     @classmethod
     def of(cls, tap: Tap, fingerprint: str) -> "RecordedTeacher":
         """Return what to record of a live teacher."""
-        return cls("", tap.title, fingerprint, tap.spec, tap.size, tap.classes, tap.pooled, tuple(tap.stages))
+        known = tap.spec, tap.size, tap.classes, tap.pooled, tuple(tap.stages), tap.is_dense
+        return cls("", tap.title, fingerprint, *known)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values, without the folder."""
         values = asdict(self)
-        del values["cache"]
+        for name in ("cache", *(() if self.is_dense else ("is_dense",))):
+            del values[name]
         return values
 
     @classmethod
@@ -160,7 +164,7 @@ class RecordedTap(Tap):
         self.role, self.recorded, self.model = role, recorded, nn.Identity()
         self.spec, self.size = recorded.spec, recorded.size
         self.stages, self.classes, self.pooled = list(recorded.stages), recorded.classes, recorded.pooled
-        self.listed = self.stages
+        self.listed, self.is_dense = self.stages, recorded.is_dense
         self.why_no_stages = "" if self.stages else "the cached teacher yields no feature map"
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names = []

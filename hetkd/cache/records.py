@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ class TeacherCache:
         """Return what a batch of records holds, by name, in float32."""
         targets: dict[str, Tensor] = {}
         for name in self.about["shapes"]:
-            if is_logits(name):
+            if is_logits(name, self.about["shapes"][name]):
                 targets[name] = self._logits(records, name)
             else:
                 scale = records[f"{name}.scale"]
@@ -243,7 +243,7 @@ def record_dtype(shapes: Mapping[str, list[int]], top_k: int | None) -> np.dtype
     """Return the layout of a record for targets of these shapes (without the batch)."""
     fields: list[tuple[Any, ...]] = [("seed", "<u8"), ("image", "<u4")]
     for name, shape in shapes.items():
-        if is_logits(name):
+        if is_logits(name, shape):
             count = kept_logits(shape[0], top_k)
             ids = "<u2" if shape[0] <= 65_536 else "<u4"
             fields += [(f"{name}.top", "<f2", (count,)), (f"{name}.ids", ids, (count,)), (f"{name}.rest", "<f4")]
@@ -252,9 +252,9 @@ def record_dtype(shapes: Mapping[str, list[int]], top_k: int | None) -> np.dtype
     return np.dtype(fields)
 
 
-def is_logits(name: str) -> bool:
-    """Say whether a target holds logits, of which a record keeps the largest."""
-    return name == "logits" or name.endswith(".logits")
+def is_logits(name: str, shape: Sequence[int]) -> bool:
+    """Say whether a target holds logits of a whole image, of which a record keeps the largest."""
+    return len(shape) == 1 and (name == "logits" or name.endswith(".logits"))
 
 
 def kept_logits(classes: int, top_k: int | None) -> int:

@@ -161,7 +161,7 @@ def _records(
         fields: dict[str, Tensor] = {"image": torch.tensor([image_checksum(image) for image in images])}
         for name in shapes:
             x = targets[name].float()
-            if is_logits(name):
+            if is_logits(name, shapes[name]):
                 fields |= _compressed_logits(name, x, kept_logits(x.shape[1], top_k))
             else:
                 scale = x.flatten(1).abs().amax(1).clamp_min(1e-30)

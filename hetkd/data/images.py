@@ -217,10 +217,8 @@ def make_loader(
         TypeError: If ``data`` is none of these.
         ValueError: If it is empty.
     """
-    transforming: dict[str, Any] = {"spec": spec, "size": size, "train": train, "min_crop": min_crop}
-    dataset: Any = (make or make_dataset)(
-        data, what=what, seed=seed, skip_unreadable=skip_unreadable, keys=keys, **transforming
-    )
+    loading = {"seed": seed, "skip_unreadable": skip_unreadable, "keys": keys, "min_crop": min_crop}
+    dataset: Any = (make or make_dataset)(data, what=what, spec=spec, size=size, train=train, **loading)
     if wrap is not None:
         dataset = wrap(as_single_images(dataset, what, seed))
     elif _is_loader(dataset):

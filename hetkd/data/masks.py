@@ -121,7 +121,7 @@ class MaskedImages(TransformedImages):
         **options: Any,
     ) -> None:
         super().__init__(dataset, partial(_pixels, spec=spec), seed, **options)
-        self._both, self._read_mask, self.collate = transform, read_mask, together
+        self._both, self._read_mask = transform, read_mask
 
     def _load(self, index: int) -> Any:
         with nullcontext() if self.seed is None else seeded(sample_seed(self.seed, self.epoch, index)):
@@ -141,6 +141,12 @@ class MaskedImages(TransformedImages):
                     f"{pixels.shape[2]} x {pixels.shape[1]}."
                 )
             return self._both(pixels, classes)
+
+    def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Any]:
+        """Return a batch: images ``[B, C, H, W]``, and masks ``[B, H, W]``, or a list of masks of several sizes."""
+        images, masks = zip(*samples, strict=True)
+        alike = len({mask.shape for mask in masks}) == 1
+        return torch.stack(images), torch.stack(masks) if alike else list(masks)
 
     def for_evaluation(self, spec: InputSpec, size: tuple[int, int]) -> TransformedImages:
         """See `TransformedImages.for_evaluation`."""
@@ -295,10 +301,3 @@ class WholeImage:
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the resized image, and the mask as it is."""
         return self._resize(image), mask
-
-
-def together(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Any]:
-    """Return a batch: images ``[B, C, H, W]``, and masks ``[B, H, W]``, or a list of masks of several sizes."""
-    images, masks = zip(*samples, strict=True)
-    alike = len({mask.shape for mask in masks}) == 1
-    return torch.stack(images), torch.stack(masks) if alike else list(masks)

@@ -47,8 +47,7 @@ def set_up(
     """
     from timm.utils import ModelEmaV3
 
-    whole = distillation
-    whole.task.refuse_options(vars(options))
+    (whole := distillation).task.refuse_options(vars(options))
     cache = None if options.teacher_cache is None else TeacherCache(options.teacher_cache)
     train_loader, val_loader, notes = _open_data(whole, train, val, options, cache)
     _refuse_presets_on_normalized(options, whole)

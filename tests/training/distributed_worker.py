@@ -18,7 +18,7 @@ from conftest import tiny_cnn, tiny_norm_free, tiny_vit
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
-from hetkd import Distiller
+from hetkd import Distiller, load_model
 from hetkd.data.samples import Keys
 from hetkd.training import TrainingDiverged, setup
 from hetkd.training.accelerator import make_accelerator
@@ -66,6 +66,18 @@ def evaluation(accelerator: Accelerator) -> dict[str, float]:
     images, labels = data(21)
     loader = accelerator.prepare_data_loader(
         eval_loader(distiller, (images, labels), 4, 0, Keys(), []), device_placement=False
+    )
+    return measure(distiller, distiller.student, loader, accelerator.device, accelerator)
+
+
+def dense_evaluation(accelerator: Accelerator) -> dict[str, float]:
+    """Returns the metrics of a segmenter on 21 images with masks."""
+    torch.manual_seed(0)
+    student = load_model("timm:test_resnet", pretrained=False, task="segmentation", num_classes=3)
+    distiller = Distiller(None, student, "ce", input_size=64)
+    masks = torch.randint(0, 3, (21, 32, 32), generator=torch.Generator().manual_seed(3))
+    loader = accelerator.prepare_data_loader(
+        eval_loader(distiller, (data(21)[0], masks), 4, 0, Keys(), []), device_placement=False
     )
     return measure(distiller, distiller.student, loader, accelerator.device, accelerator)
 
@@ -281,6 +293,7 @@ def main(out: Path) -> None:
         "processes": accelerator.num_processes,
         "steps": {name: first_step(accelerator, *case) for name, case in CASES.items()},
         "evaluation": evaluation(accelerator),
+        "dense": dense_evaluation(accelerator),
         "training": training(),
         "teacher sharded": training(teacher_placement="sharded"),
         "teacher offloaded": training(teacher_placement="offloaded"),

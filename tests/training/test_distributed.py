@@ -60,6 +60,12 @@ def test_every_validation_image_counts_once(one_and_two):
     assert two[1]["evaluation"] == pytest.approx(one["evaluation"], rel=1e-4)
 
 
+def test_every_pixel_counts_once(one_and_two):
+    one, two = one_and_two
+    assert two[0]["dense"] == pytest.approx(one["dense"], rel=1e-6)
+    assert set(one["dense"]) == {"miou", "pixel_accuracy", "loss", "iou/0", "iou/1", "iou/2"}
+
+
 def assert_same(found: dict, expected: dict, tolerance: float = 0.0) -> None:
     """Compares two students and their metrics."""
     torch.testing.assert_close(found["weights"], expected["weights"], atol=tolerance, rtol=0)
