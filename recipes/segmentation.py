@@ -37,7 +37,11 @@ def main(words: list[str] | None = None) -> dict[str, float]:
     distiller = Distiller(teacher, student, arguments.method, input_size=sizes, task=task)
     print(f"{distiller.plan}\n")
     run = distiller.fit(
-        splits["train"], splits["val"], output_dir=output / "student", resume=True, **training(arguments)
+        splits["train"],
+        splits["val"],
+        output_dir=output / f"{arguments.method}-{arguments.seed}",
+        resume=True,
+        **training(arguments),
     )
     found = distiller.evaluate(splits["test"], batch_size=arguments.batch_size)
     row = {"method": arguments.method, "student": arguments.student, "seed": arguments.seed, **found}
@@ -71,15 +75,16 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--output", default="runs/segmentation")
+    parser.add_argument("--output", metavar="DIR", help="runs/segmentation, or a new folder for a dry run")
     parser.add_argument("--dry-run", action="store_true", help="small models, made-up images")
     arguments = parser.parse_args(words)
     if arguments.dry_run:
         arguments.teacher, arguments.student = "timm:test_efficientnet", "timm:test_resnet"
         arguments.size, arguments.epochs, arguments.teacher_epochs, arguments.batch_size = (64, 96), 2, 2, 8
-        arguments.output = tempfile.mkdtemp(prefix="segmentation-")
+        arguments.output = arguments.output or tempfile.mkdtemp(prefix="segmentation-")
     elif arguments.data is None:
         parser.error("--data is needed, or --dry-run")
+    arguments.output = arguments.output or "runs/segmentation"
     arguments.size = tuple(arguments.size)
     arguments.teacher_size = tuple(arguments.teacher_size or arguments.size)
     torch.manual_seed(arguments.seed)

@@ -217,7 +217,7 @@ def make_loader(
         TypeError: If ``data`` is none of these.
         ValueError: If it is empty.
     """
-    loading = {"seed": seed, "skip_unreadable": skip_unreadable, "keys": keys, "min_crop": min_crop}
+    loading: dict[str, Any] = {"seed": seed, "skip_unreadable": skip_unreadable, "keys": keys, "min_crop": min_crop}
     dataset: Any = (make or make_dataset)(data, what=what, spec=spec, size=size, train=train, **loading)
     if wrap is not None:
         dataset = wrap(as_single_images(dataset, what, seed))

@@ -215,7 +215,8 @@ def measure(
     assert classes is not None, "the method trains a classifier"
     shared_out = isinstance(loader, DataLoader)
     own_share = accelerator is not None and not shared_out
-    names = distillation.class_names or [str(number) for number in range(classes)]
+    names = list(distillation.class_names or [])
+    names += [str(number) for number in range(len(names), classes)]
     metrics = task.metrics(names, device, sync=own_share)
     autocast = nullcontext() if accelerator is None else accelerator.autocast()
     seen = 0

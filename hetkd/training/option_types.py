@@ -35,7 +35,7 @@ class FitOptions(TypedDict, total=False):
     balanced_sampling: bool
     label_smoothing: float
     augment: str | Callable[[Tensor], Tensor] | None
-    min_crop: float
+    min_crop: float | None
     num_workers: int
     image_key: str | None
     label_key: str | None

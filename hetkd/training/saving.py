@@ -223,6 +223,7 @@ def run_settings(run: Run) -> dict[str, Any]:
         **run.fingerprints,
         "versions": {name: version(name) for name in ("hetkd", "torch", "timm", "accelerate")},
         **run.options.settings(),
+        "min_crop": run.whole.task.min_crop if run.options.min_crop is None else run.options.min_crop,
     }
 
 

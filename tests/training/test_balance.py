@@ -118,7 +118,7 @@ def test_balance_needs_labels_that_are_known(options):
 
 
 def test_random_crops_keep_the_share_that_is_asked_for(tmp_path):
-    from hetkd.data.images import crop_transform
+    from hetkd.data.transforms import crop_transform
 
     spec = alone().student_inputs.spec
     ramp = torch.arange(100.0).repeat(3, 100, 1)
