@@ -26,7 +26,7 @@ from hetkd.finetuning import finetune
 from hetkd.methods import list_methods
 from hetkd.methods.common.method import methods
 from hetkd.models.load import list_models
-from hetkd.student import load_student
+from hetkd.student import PredictedMask, load_student
 from hetkd.training.options import TrainingOptions
 from hetkd.utils.docstrings import described
 
@@ -73,7 +73,10 @@ def evaluate(student: str, data: str, **options: Any) -> None:
     distiller = Distiller(None, loaded.model, "ce")
     distiller.class_names = loaded.distillation.class_names
     found = distiller.evaluate(data, **options)
-    print(f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f}")
+    if "top1" in found:
+        print(f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, loss {found['loss']:.4f}")
+    else:
+        print("\n".join(f"{name} {value:.4f}" for name, value in found.items()))
 
 
 def predict(student: str, images: list[str], top: int) -> None:
@@ -82,7 +85,8 @@ def predict(student: str, images: list[str], top: int) -> None:
     for image in images:
         found = loaded.predict(image, top=top)
         for one in found if isinstance(found, list) else [found]:
-            print(one.image, *(f"{label} {100 * probability:.1f} %" for label, probability in one.top), sep="  ")
+            shares = list(one.shares.items())[:top] if isinstance(one, PredictedMask) else one.top
+            print(one.image, *(f"{label} {100 * share:.1f} %" for label, share in shares), sep="  ")
 
 
 def _finetune(model: str, train: str, val: str | None, **options: Any) -> None:

@@ -12,7 +12,7 @@ from hetkd.features.adapter import StagePair
 from hetkd.features.pairing import POOLED, StageChoice, chosen_names, chosen_pairs, pair_stages
 from hetkd.features.tap import Size, Tap, refuse_frozen_graphs
 from hetkd.methods.common.combined import Combined
-from hetkd.methods.common.method import Method, make_method
+from hetkd.methods.common.method import Method, list_methods, make_method
 from hetkd.methods.common.stagewise import count_parameters
 from hetkd.models.hugging_face import copy_label_names
 from hetkd.models.inputs import Normalization
@@ -89,7 +89,7 @@ def assemble(
     if not made.uses_teacher:
         taps = []
     refuse_frozen_graphs("student", student)
-    if is_dense is None and any(tap.classes and not tap.is_dense for tap in taps):
+    if is_dense is None and made.uses_teacher_logits and any(tap.classes and not tap.is_dense for tap in taps):
         is_dense = False  # a map that the student yields is a feature, then
     student_tap = Tap("student", student, sizes.get("student"), normalized, is_dense=is_dense)
     made.task = make_task(task, is_dense=student_tap.is_dense)
@@ -111,8 +111,8 @@ def _check_task(method: Method, teachers: Sequence[Tap]) -> None:
     for part in parts:
         if method.task.name not in part.tasks:
             raise ValueError(
-                f"method {part.title} is for {' and '.join(part.tasks)}, not for {method.task.name}: use sfkd, uhkd, "
-                "kd or fitnet."
+                f"method {part.title} is for {' and '.join(part.tasks)}, not for {method.task.name}: use one of "
+                f"{', '.join(list_methods(method.task.name))}."
             )
         part.task = method.task
     for tap in teachers if method.uses_teacher_logits else []:

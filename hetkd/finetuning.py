@@ -201,6 +201,10 @@ def _distiller(
         raise ValueError("the classes of train are unknown before it is iterated: say num_classes=...")
     built = _built(model, classes, weights, input_size)
     tap = Tap("student", built, input_size, None)
+    if tap.is_dense:
+        raise ValueError(
+            "finetune is for classifiers; a segmenter is trained alone: Distiller(None, model, 'ce').fit(train, val)."
+        )
     outputs = tap.classes if tap.classes is None or _has_classifier(built) else None
     example = tap.prepare(torch.rand(2, tap.spec.channels, *tap.size))
     teacher = with_classes(built, classes, outputs, example)

@@ -129,6 +129,7 @@ class InspectedDistillation(Distillation):
         self.move_to_accelerator()
         keys, settings = Keys(image_key, label_key), {"method": self.method.settings(), **self.trained}
         about: dict[str, Any] = {"history": self.history, "settings": settings, "baseline": baseline}
+        self.task.refuse_options({"report": True})
         return write_report(self, val, Path(path).expanduser(), keys=keys, most_images=most_images, **about)
 
     def move_to_accelerator(self) -> None:

@@ -108,11 +108,14 @@ class Student:
         is_dense = self.distillation.task.is_dense
         found: list[Any] = []
         for start in range(0, len(pictures), _BATCH):
-            whole = [self._pixels(picture) for picture in pictures[start : start + _BATCH]]
-            batch = torch.stack([self._prepared(pixels) for pixels in whole])
-            logits = self.distillation.predict(batch).float().cpu()
-            for name, pixels, row in zip(names[start : start + _BATCH], whole, logits, strict=True):
-                found.append(self._masked(name, row, pixels) if is_dense else self._named(name, row.softmax(0), top))
+            prepared, sizes = [], []
+            for picture in pictures[start : start + _BATCH]:
+                pixels = self._pixels(picture)
+                prepared.append(self._prepared(pixels))
+                sizes.append(pixels.shape[1:])
+            logits = self.distillation.predict(torch.stack(prepared)).float().cpu()
+            for name, size, row in zip(names[start : start + _BATCH], sizes, logits, strict=True):
+                found.append(self._masked(name, row, size) if is_dense else self._named(name, row.softmax(0), top))
         return found[0] if single else found
 
     def _pixels(self, picture: Any) -> Tensor:
@@ -129,8 +132,8 @@ class Student:
             pixels = crop_transform(self._spec, self.size, train=False)(pixels)
         return pixels / 255 if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)  # bicubic goes beyond
 
-    def _masked(self, name: str, logits: Tensor, pixels: Tensor) -> PredictedMask:
-        mask = resized(logits[None], pixels.shape[1:]).argmax(1)[0]
+    def _masked(self, name: str, logits: Tensor, size: Sequence[int]) -> PredictedMask:
+        mask = resized(logits[None], size).argmax(1)[0]
         classes, counts = mask.unique(return_counts=True)
         shares = {self.classes[int(c)]: float(n) / mask.numel() for c, n in zip(classes, counts, strict=True)}
         return PredictedMask(name, mask, dict(sorted(shares.items(), key=lambda item: -item[1])))

@@ -1,7 +1,7 @@
 """A segmenter teaches a small one: from folders of images and masks to a student, in one command.
 
     python recipes/segmentation.py --data camvid/ --ignore 11
-    python recipes/segmentation.py --data hf:NAME --classes 150 --teacher hf:nvidia/segformer-b2-finetuned-ade-512-512
+    python recipes/segmentation.py --data hf:NAME --classes 19 --teacher hf:DIRECTORY
     python recipes/segmentation.py --dry-run
 
 `--data` holds `train/` and `val/` (and `test/`), each with images and PNG masks of the same names, or `images/` and
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd import Distiller, Segmentation, list_methods, load_model
+from hetkd.data.masks import names_in
 from hetkd.data.sets import hub_splits
 
 Size = tuple[int, int]
@@ -105,7 +106,7 @@ def open_data(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         splits.setdefault("test", splits.get("val"))
         names = folder / "classes.txt"
         if arguments.classes is None and names.is_file():
-            arguments.classes = len(names.read_text().split())
+            arguments.classes = len(names_in(names))
     if arguments.classes is None:
         raise SystemExit("how many classes are there? Say --classes, or put classes.txt beside train/.")
     return splits, arguments.classes

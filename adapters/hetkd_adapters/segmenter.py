@@ -1,6 +1,5 @@
 """Segmenters: the stages of their encoders; what the decoder makes of them is no feature of its own."""
 
-import re
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ _ENCODERS = ("encoder", "backbone")
 
 
 class SegmenterAdapter(GenericAdapter):
-    """Segmenters of torchvision, Hugging Face, segmentation_models_pytorch and `hetkd.load_model`, and own ones alike.
+    """Segmenters of torchvision, Hugging Face, segmentation_models_pytorch and `hetkd.load_model`.
 
     They have an encoder beside a decoder.
     """
@@ -22,11 +21,8 @@ class SegmenterAdapter(GenericAdapter):
     priority: ClassVar[int] = 2
 
     def accepts(self, model: nn.Module) -> bool:
-        """Accept modules of an encoder and a decoder."""
-        of_library = is_segmenter(model)
-        names = [name for name, _ in model.named_children()]
-        has_decoder = of_library or any(re.fullmatch("decode.*|segmentation_head", name) for name in names)
-        return has_decoder and self._encoder(model) is not None
+        """Accept the libraries' own segmenters."""
+        return is_segmenter(model) and self._encoder(model) is not None
 
     def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
         """List timm's features, or the blocks of the encoder with spatial outputs."""

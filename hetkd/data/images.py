@@ -64,6 +64,8 @@ class TransformedImages(Dataset[Any]):
         notes: What a person should know of the dataset.
     """
 
+    has_masks = False
+
     def __init__(
         self,
         dataset: Any,
@@ -289,7 +291,7 @@ def has_labels(loader: Iterable[Any]) -> bool | None:
         return dataset.labels is not None
     if not isinstance(dataset, TransformedImages):
         return None
-    if hasattr(dataset.dataset, "samples"):  # a folder of class folders
+    if hasattr(dataset.dataset, "samples") or dataset.has_masks:  # a folder of class folders, or a mask an image
         return True
     try:
         return images_and_labels(dataset.dataset[0], dataset.keys)[1] is not None

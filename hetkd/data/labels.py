@@ -20,6 +20,8 @@ def known_labels(dataset: Any, keys: Keys = Keys()) -> Tensor | None:  # noqa: B
         dataset: One of these, or a `TransformedImages` of one, whose labels are those that come out.
         keys: Where labels are in samples that are dicts.
     """
+    if isinstance(dataset, TransformedImages) and dataset.has_masks:
+        return None
     if isinstance(dataset, TransformedImages):
         labels = known_labels(dataset.dataset, dataset.keys)
         return labels if labels is None or dataset.label_map is None else torch.tensor(dataset.label_map)[labels]

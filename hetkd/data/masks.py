@@ -94,9 +94,14 @@ def _together(path: Path, what: str) -> tuple[dict[str, Path], dict[str, Path]]:
     return images, {file.stem: file for file in files if file.suffix.lower() == ".png"}
 
 
+def names_in(file: Path) -> list[str]:
+    """Return the names of classes in a text file, one a line; empty lines do not count."""
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def _names(path: Path) -> list[str] | None:
     found = next((file for file in (path / "classes.txt", path.parent / "classes.txt") if file.is_file()), None)
-    return None if found is None else found.read_text().split("\n")[: len(found.read_text().strip().split("\n"))]
+    return None if found is None else names_in(found)
 
 
 class MaskedImages(TransformedImages):
@@ -122,25 +127,30 @@ class MaskedImages(TransformedImages):
     ) -> None:
         super().__init__(dataset, partial(_pixels, spec=spec), seed, **options)
         self._both, self._read_mask = transform, read_mask
+        self.keys, self.class_names = options.get("keys", Keys()), _names_of(dataset)  # not those of whole images
+
+    has_masks = True
 
     def _load(self, index: int) -> Any:
         with nullcontext() if self.seed is None else seeded(sample_seed(self.seed, self.epoch, index)):
             name = name_of(self.dataset, index)
             image, mask = image_and_mask(self.dataset[index], self.keys, name)
             image = as_picture(image)
+            _refuse_turned(image, name)
             try:
                 pixels = image if isinstance(image, Tensor) else self.transform(image)
-                classes = self._read_mask(mask)
-            except ValueError as error:
-                raise ValueError(f"the mask of {name} {error}") from error
             except Exception as error:
                 raise_for_content(name, error)
+            try:
+                classes = self._renumbered(self._read_mask(mask))
+            except ValueError as error:
+                raise ValueError(f"the mask of {name} {error}") from error
             if pixels.shape[-2:] != classes.shape:
                 raise ValueError(
                     f"the mask of {name} has {classes.shape[1]} x {classes.shape[0]} pixels, its image "
                     f"{pixels.shape[2]} x {pixels.shape[1]}."
                 )
-            return self._both(pixels, classes)
+            return (pixels, classes) if isinstance(image, Tensor) else self._both(pixels, classes)
 
     def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Any]:
         """Return a batch: images ``[B, C, H, W]``, and masks ``[B, H, W]``, or a list of masks of several sizes."""
@@ -158,13 +168,42 @@ class MaskedImages(TransformedImages):
         """Return an image as it is, before the transform."""
         return as_picture(image_and_mask(self.dataset[index], self.keys, name_of(self.dataset, index))[0])
 
-    def order_classes(self, classes: Sequence[str], other: str, what: str) -> list[str]:
-        """Return nothing: masks hold the numbers of the classes."""
-        return []
+    def _renumbered(self, mask: Tensor) -> Tensor:
+        if self.label_map is None:
+            return mask
+        numbers = torch.tensor(self.label_map)
+        is_class = (mask >= 0) & (mask < len(numbers))
+        return torch.where(is_class, numbers[mask.clamp(0, len(numbers) - 1)], mask)
+
+    def some_masks(self, most: int) -> list[Tensor]:
+        """Return the classes of at most so many masks, evenly spread."""
+        chosen = [number * len(self) // most for number in range(most)] if len(self) > most else range(len(self))
+        found = [image_and_mask(self.dataset[i], self.keys, name_of(self.dataset, i))[1] for i in chosen]
+        return [self._renumbered(self._read_mask(mask)) for mask in found]
+
+
+def _names_of(dataset: Any) -> list[str] | None:
+    if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
+        return _names_of(dataset.dataset)
+    names = getattr(dataset, "classes", None)
+    return list(names) if isinstance(names, (list, tuple)) and names else None
 
 
 def _pixels(image: Any, spec: InputSpec) -> Tensor:
     return picture_tensor(image, spec)
+
+
+def _refuse_turned(image: Any, name: str) -> None:
+    """Refuse an image that EXIF turns, unless the size of its mask tells whether it was drawn on the turned one."""
+    from PIL import ExifTags
+
+    turned = 1 if isinstance(image, Tensor) else image.getexif().get(ExifTags.Base.Orientation, 1)
+    is_told_by_size = turned in (5, 6, 7, 8) and image.width != image.height
+    if turned not in (0, 1) and not is_told_by_size:
+        raise ValueError(
+            f"{name} is turned by its EXIF data (orientation {turned}), and its mask may be or not: save both upright, "
+            "PIL.ImageOps.exif_transpose(image)."
+        )
 
 
 def image_and_mask(sample: Any, keys: Keys, name: str) -> tuple[Any, Any]:
@@ -217,7 +256,7 @@ def make_mask_dataset(
     if isinstance(data, (str, Path)):
         data = MaskFolder(Path(data), what)
     plain = make_dataset(data, what=what, spec=spec, size=size, train=train, keys=Keys())
-    if isinstance(plain, TensorImages) and (plain.labels is None or plain.labels.ndim != 3):
+    if isinstance(plain, TensorImages) and plain.labels is not None and plain.labels.ndim != 3:
         raise ValueError(f"{what} needs masks [N, H, W] beside its images: {what}=(images, masks).")
     if not isinstance(plain, TransformedImages):
         return plain

@@ -22,12 +22,14 @@ class Probe(NamedTuple):
         classes: Of its classifier, or ``None`` without one.
         pooled: Channels of the vector that the classifier sees, or ``None`` if there is none.
         is_dense: Whether its logits are maps.
+        yields_logits: Names of listed stages whose map is that of the logits.
     """
 
     stages: list[Stage]
     classes: int | None
     pooled: int | None
     is_dense: bool
+    yields_logits: set[str]
 
 
 def probe(
@@ -50,14 +52,13 @@ def probe(
         added = [name for name in dict.fromkeys(extra) if name not in listed]
         paths = {path for path, _ in model.named_modules() if path}
         with tapped(model, [name for name in (*listed, *added) if name in paths]) as outputs:
-            tapped_names = [*listed, *added]
-            features = adapter.run(model, images, tapped_names)
-    listed = [name for name, x in zip(listed, features.maps, strict=False) if x is not features.logits]
+            features = adapter.run(model, images, [*listed, *added])
     names = _in_order_of_depth(listed, added, list(outputs.finished))
-    shapes = {name: _map_shape(name, x) for name, x in zip(tapped_names, features.maps, strict=True)}
+    shapes = {name: _map_shape(name, x) for name, x in zip([*listed, *added], features.maps, strict=True)}
     classes, pooled = (None if x is None else x.shape[1] for x in (features.logits, features.pooled))
     is_dense = features.logits is not None and features.logits.ndim == 4
-    return Probe([Stage(name, *shapes[name]) for name in names], classes, pooled, is_dense)
+    yields_logits = {name for name, x in zip(listed, features.maps, strict=False) if x is features.logits}
+    return Probe([Stage(name, *shapes[name]) for name in names], classes, pooled, is_dense, yields_logits)
 
 
 def _in_order_of_depth(listed: list[str], added: list[str], finished: list[str]) -> list[str]:

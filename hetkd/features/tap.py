@@ -44,12 +44,14 @@ class Tap:
         self.spec: InputSpec = input_spec(self.model)
         self.size = as_size(size) if size is not None else self.spec.size
         self.why_no_stages = ""
-        self.stages, self.classes, self.pooled, self.is_dense = self._dry_run()
+        self.stages, self.classes, self.pooled, self.is_dense, yields_logits = self._dry_run()
         is_known = classes is not None or (is_dense and self.is_dense)
         is_feature = classes == 0 or (self.is_dense and is_dense is False)
         if self.classes is not None and (is_feature or not (is_known or self._ends_in_classifier())):
             self.pooled, self.classes = self.pooled or (None if self.is_dense else self.classes), None
         self.is_dense &= self.classes is not None
+        if self.is_dense:
+            self.stages = [stage for stage in self.stages if stage.name not in yields_logits]
         if classes and classes != self.classes:
             raise ValueError(f"teacher_classes={classes}, but the {role} yields {self.classes} numbers an image.")
         self.listed = self.stages  # of the adapter, without those that the user adds

@@ -87,11 +87,15 @@ class Description:
             "epochs": made.get("epochs"),
             "training images": made.get("train_images"),
             "validation top-1 / top-5, %": _accuracies(made),
+            "validation mIoU, %": f"{made['miou']:.2f}" if isinstance(made.get("miou"), float) else "",
             "hetkd": made.get("hetkd"),
         }
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
-        front = [f"tags: [image-classification, {library}, hetkd]", f"library_name: {library}"]
-        front.append("pipeline_tag: image-classification")
+        is_segmenter = self.options.get("task") == "segmentation" or "Segmentation" in str(
+            self.options.get("class", "")
+        )
+        task = "image-segmentation" if is_segmenter else "image-classification"
+        front = [f"tags: [{task}, {library}, hetkd]", f"library_name: {library}", f"pipeline_tag: {task}"]
         return "---\n" + "\n".join(front) + f"\n---\n# {rows['architecture']}\n\n| | |\n|---|---|\n{table}\n"
 
     def image_processor(self) -> dict[str, Any]:

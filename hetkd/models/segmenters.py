@@ -41,11 +41,14 @@ class TimmSegmenter(nn.Module):
             self.decoder = nn.Sequential(nn.BatchNorm2d(widths[last]), nn.Conv2d(widths[last], num_classes, 1))
         else:
             self.decoder = LRASPPHead(widths[self.low], widths[last], num_classes, _DECODER_WIDTH)
+        self.stages = self.encoder.prune_intermediate_layers(self.stages, prune_norm=not self.is_plain, prune_head=True)
         self.num_classes = num_classes
         self.pretrained_cfg = self.encoder.pretrained_cfg
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to logits ``[B, classes, h, w]`` at the stride of the finer stage."""
-        low, high = self.encoder.forward_intermediates(images, indices=self.stages, intermediates_only=True)
+        low, high = self.encoder.forward_intermediates(
+            images, indices=self.stages, intermediates_only=True, norm=self.is_plain
+        )
         logits: Tensor = self.decoder(high) if self.is_plain else self.decoder({"low": low, "high": high})
         return logits

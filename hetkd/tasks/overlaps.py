@@ -23,7 +23,7 @@ class Overlaps(Metric):  # type: ignore[misc]
         super().__init__(**options)
         self.classes = list(classes)
         self.add_state("pairs", torch.zeros(len(classes), len(classes), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("losses", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("losses", torch.zeros(2), dist_reduce_fx="sum")
 
     def update(self, pairs: Tensor, losses: Tensor) -> None:
         """Add pairs ``[B, classes, classes]`` (true, named) and sums and numbers of cross-entropies ``[B, 2]``."""
@@ -32,7 +32,7 @@ class Overlaps(Metric):  # type: ignore[misc]
 
     def compute(self) -> dict[str, float]:
         """Return ``miou`` (mean over the classes that occur), ``pixel_accuracy``, ``loss`` and ``iou/CLASS``."""
-        pairs = self.pairs.double()
+        pairs = self.pairs.cpu().double()
         right, union = pairs.diag(), pairs.sum(0) + pairs.sum(1) - pairs.diag()
         iou, occurs = 100 * right / union, union > 0
         return {

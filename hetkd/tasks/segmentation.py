@@ -1,5 +1,6 @@
 """Semantic segmentation: one class a pixel."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -7,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetkd.data.masks import make_mask_dataset
+from hetkd.data.masks import MaskedImages, make_mask_dataset
 from hetkd.tasks.task import Metrics, Rows, Task
 
-_LARGEST_LOGITS = 128
+_LARGEST_LOGITS, _LOOKED_AT = 128, 16
 _PIXELS = 4  # an axis of each image, to see what a teacher knows
 _IN_FOLDERS = "folders of images and masks are scaled, cropped, flipped and coloured when they are loaded"
 
@@ -69,8 +70,6 @@ class Segmentation(Task):
             )
         if look_at_values:
             self._check_values(labels, classes)
-            if (labels == self.ignore_index).all():
-                raise ValueError(f"no pixel of a batch has a class: all are ignore_index={self.ignore_index}.")
 
     def _check_values(self, labels: Tensor, classes: int | None) -> None:
         valid = labels[labels != self.ignore_index]
@@ -118,12 +117,15 @@ class Segmentation(Task):
             named = own.argmax(1)[valid]
             pairs.append(multiclass_confusion_matrix(named, mask[valid], logits.shape[1], validate_args=False))
             loss = F.cross_entropy(own, mask, ignore_index=self.ignore_index, reduction="sum")
-            losses.append(torch.stack([loss.double(), valid.sum().double()]))
+            losses.append(torch.stack([loss, valid.sum().to(loss.dtype)]))
         return torch.stack(pairs), torch.stack(losses)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """Return the mean over valid pixels of the mask."""
-        return F.cross_entropy(resized(logits, labels.shape[-2:]), labels, weights, ignore_index=self.ignore_index)
+        enlarged, valid = resized(logits, labels.shape[-2:]), labels != self.ignore_index
+        if not valid.any():  # a crop may hold no pixel with a class
+            return 0 * logits.sum()
+        return F.cross_entropy(enlarged, labels, weights, ignore_index=self.ignore_index)
 
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Rows:
         """Return the logits of pixels with a class, on the coarser of both grids; without labels of all pixels."""
@@ -133,6 +135,9 @@ class Segmentation(Task):
             return Rows(own.flatten(0, 2), others.flatten(0, 2), None)
         coarse = F.interpolate(labels[:, None].float(), grid, mode="nearest-exact")[:, 0].long()
         valid = coarse != self.ignore_index
+        if not valid.any():  # then the teacher teaches these images whole
+            valid = torch.ones_like(valid)
+            coarse = others.argmax(-1)
         return Rows(own[valid], others[valid], coarse[valid])
 
     def metrics(self, classes: Sequence[str], device: torch.device, *, sync: bool) -> Metrics:
@@ -141,6 +146,28 @@ class Segmentation(Task):
 
         metrics: Metrics = Overlaps(classes, sync_on_compute=sync).to(device)
         return metrics
+
+    def check_names(self, names: Sequence[str], classes: int | None) -> None:
+        """Refuse another number of names than of classes, and names that occur twice."""
+        if len(names) != classes or len(set(names)) < len(names):
+            raise ValueError(
+                f"classes.txt has {len(names)} names ({len(set(names))} different ones), but the student has {classes} "
+                "classes: give each class one name, a line each, and pixels without a class (ignore_index) none."
+            )
+
+    def remarks(self, dataset: Any) -> list[str]:
+        """Warn of masks that hold a single class beside ignored pixels, as 0 and 255 for foreground."""
+        masks = dataset.some_masks(_LOOKED_AT) if isinstance(dataset, MaskedImages) else []
+        values = sorted({int(value) for mask in masks for value in mask.unique()})
+        if len(values) == 2 and self.ignore_index in values:
+            warnings.warn(
+                f"masks hold the values {values[0]} and {values[1]} alone, and {self.ignore_index} means no class, so "
+                "that there is one class: if it is the foreground, save masks of 0 and 1, and say "
+                "task=Segmentation(ignore_index=-1) if every pixel has a class.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return []
 
     def kept_waves(self, grid: int) -> int:
         """Return the same share of all waves as for classification: 5 of 8, 21 of 32."""
@@ -163,5 +190,5 @@ def resized(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Return logits ``[B, classes, h, w]`` at another size, bilinearly, with antialiasing where it is smaller."""
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
-    smaller = logits.shape[-1] > size[-1]
+    smaller = any(old > new for old, new in zip(logits.shape[-2:], size, strict=True))
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False, antialias=smaller)

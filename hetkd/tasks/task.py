@@ -98,6 +98,14 @@ class Task(ABC):
     def kept_waves(self, grid: int) -> int:
         """Return how many waves an axis are compared by default, for a common grid of so many pixels a side."""
 
+    @abstractmethod
+    def check_names(self, names: Sequence[str], classes: int | None) -> None:
+        """Refuse names of classes that are not those of the student's logits; raises ValueError."""
+
+    def remarks(self, dataset: Any) -> list[str]:
+        """Return what a person should know of training data before training."""
+        return []
+
     def compact(self, logits: Tensor) -> Tensor:
         """Return a teacher's logits as they are kept and compared."""
         return logits

@@ -21,6 +21,7 @@ from hetkd.training.signals import quietly
 MOST_IMAGES = 4096
 NOTHING_TO_AGREE_WITH = "val has neither labels nor a teacher to agree with (it is cached): give it labels."
 _NEIGHBOURS, _TEMPERATURE = 20, 0.07
+_CELLS = 8  # an axis, in which the classes of segmenters are compared
 
 
 @torch.inference_mode()
@@ -54,7 +55,8 @@ def measure_agreement(
             channels, normalized = distillation.student_tap.spec.channels, distillation.normalized
             check_images(images, channels, look_at_values=not found, normalized=normalized)
             images = images.to(device, non_blocking=True)
-            classes = torch.full((len(images),), -1) if labels is None else torch.as_tensor(labels)
+            has_classes = labels is not None and not distillation.task.is_dense
+            classes = torch.as_tensor(labels) if has_classes else torch.full((len(images),), -1)
             vectors = [_vector(tap, images, distillation, model) for tap in sides]
             row = (classes.to(device), *vectors)
             found.append(tuple(accelerator.gather_for_metrics(row)) if shared else row)
@@ -83,15 +85,16 @@ def _vector(tap: Tap, images: Tensor, distillation: Distillation, model: nn.Modu
     features: Features = tap.adapter.run(own, tap.prepare(images), ())
     if distillation.method.uses_teacher_logits:
         assert features.logits is not None, "the method compares logits"
-        return features.logits.float()
+        logits = features.logits.float()
+        return logits if logits.ndim == 2 else F.adaptive_avg_pool2d(logits, _CELLS)
     vector = features.pooled if features.pooled is not None else features.logits
-    if vector is None:  # a backbone that yields maps alone
+    if vector is None or vector.ndim > 2:  # a backbone that yields maps alone, or a segmenter
         vector = tap.adapter.run(own, tap.prepare(images), [tap.listed[-1].name]).maps[0].mean((2, 3))
     return vector.float()
 
 
 def same_class(x: Tensor, y: Tensor) -> float:
-    """Return the share of images for which logits ``[N, classes]`` of both sides name the same class."""
+    """Return the share of images, or of their cells, for which logits ``[N, classes, ...]`` name the same class."""
     return float((x.argmax(1) == y.argmax(1)).double().mean())
 
 

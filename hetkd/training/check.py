@@ -72,6 +72,7 @@ def _look(distillation: Distillation, train: Any, val: Any, batch_size: int, key
 
     inputs, size = distillation.student_inputs, distillation.loading_size
     loading: dict[str, Any] = {"batch_size": batch_size, "num_workers": 0, "keys": keys}
+    loading |= {"make": distillation.task.make_dataset}
     loaders = {
         "train": tried(lambda: make_loader(train, what="train", spec=inputs.spec, size=size, train=True, **loading))
     }
@@ -79,6 +80,7 @@ def _look(distillation: Distillation, train: Any, val: Any, batch_size: int, key
     tried(lambda: _survey(found, "train", trained))
     take_classes(distillation, found.surveys)
     found.notes += tried(lambda: name_classes(distillation, trained)) or []
+    found.notes += tried(lambda: distillation.task.remarks(trained)) or []
     if val is not None:
         loaders["val"] = tried(lambda: eval_loader(distillation, val, batch_size, 0, keys, found.notes))
         tried(lambda: _survey(found, "val", getattr(loaders["val"], "dataset", None)))

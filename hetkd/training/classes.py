@@ -30,6 +30,7 @@ def name_classes(distillation: Distillation, dataset: Any) -> list[str]:
             f"train has the single class {names[0]!r}, which leaves nothing to learn: give the folder above it, or use "
             "ce_weight=0 to learn without labels."
         )
+    distillation.task.check_names(names, distillation.classes)
     distillation.class_names = list(names)
     for tap in distillation.teachers.taps if distillation.method.uses_teacher_logits else []:
         of_teacher = names_of_model(names, tap, strict=True)

@@ -110,6 +110,8 @@ def teachers_accuracy(distillation: Distillation, data: Any, what: str) -> tuple
         if answers is None:
             continue
         predicted, labels = answers
+        if not len(labels):
+            continue
         right, seen = int((predicted == labels).sum()), len(labels)
         found[tap.role] = 100 * right / seen
         kind = {"train": "training", "val": "validation"}[what]

@@ -100,7 +100,9 @@ def _open_data(
     train_loader = _train_loader(distillation, train, options, cache)
     surveys = look_at_data({"train": train_loader})
     take_classes(distillation, surveys)
-    notes = _prepare_student(distillation, options) + name_classes(distillation, getattr(train_loader, "dataset", None))
+    trained = getattr(train_loader, "dataset", None)
+    notes = _prepare_student(distillation, options) + name_classes(distillation, trained)
+    notes += distillation.task.remarks(trained)
     val_loader = None
     if val is not None:
         val_loader = eval_loader(distillation, val, 2 * options.batch_size, options.num_workers, options.keys, notes)

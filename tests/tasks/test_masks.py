@@ -117,3 +117,25 @@ def test_dicts_of_hugging_face():
     assert found[0][1].unique().tolist() == [4]
     with pytest.raises(TypeError, match="label_key"):
         make_mask_dataset([{"image": rows[0]["image"]}], what="train", spec=SPEC, size=(32, 32), train=False)[0]
+
+
+def test_images_that_exif_turns_are_refused(tmp_path):
+    write(tmp_path, "a", size=(30, 30))
+    image = Image.open(tmp_path / "a.jpg")
+    exif = image.getexif()
+    exif[0x0112] = 3
+    image.save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(ValueError, match=r"a.jpg is turned by its EXIF data \(orientation 3\)"):
+        dataset(tmp_path)[0]
+
+
+def test_a_quarter_turn_is_told_by_the_size_of_the_mask(tmp_path):
+    write(tmp_path, "a", size=(40, 30), mask_size=(30, 40))
+    image = Image.open(tmp_path / "a.jpg")
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert dataset(tmp_path)[0][1].shape == (40, 30)
+    Image.new("L", (40, 30)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"the mask of .*a.jpg has 40 x 30 pixels, its image 30 x 40"):
+        dataset(tmp_path)[0]

@@ -179,3 +179,140 @@ def test_a_vit_gets_a_linear_decoder():
     model = load_model("timm:test_vit", pretrained=False, task="segmentation", num_classes=5, img_size=64)
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 5, 4, 4)
     assert hetkd.Distiller(None, model, "ce", input_size=64).task.is_dense
+
+
+def test_learning_without_labels_is_measured_by_agreement():
+    images, _ = stripes(16)
+    distiller = make("kd", ce_weight=0)
+    result = distiller.fit(images, images, epochs=1, **QUIET)
+    assert 0 <= result.best["agreement"] <= 100
+    features = make("rsd", ce_weight=0)
+    assert "agreement" in features.fit(images, stripes(16), epochs=1, **QUIET).best
+
+
+def test_what_is_for_classifiers_says_so(folder):
+    with pytest.raises(ValueError, match="finetune is for classifiers"):
+        hetkd.finetune(small(), stripes(8), num_classes=CLASSES, epochs=0, output_dir=folder / "runs", cpu=True)
+    with pytest.raises(ValueError, match="report=True is not for segmentation"):
+        make("kd").report(stripes(8), folder / "report.html")
+
+
+def test_the_card_says_what_it_is(folder):
+    distiller = make("kd")
+    distiller.fit(folder / "train", folder / "val", epochs=1, output_dir=folder / "run", **QUIET)
+    card = (folder / "run" / "best.md").read_text()
+    assert "pipeline_tag: image-segmentation" in card
+    assert "| validation mIoU, % |" in card
+
+
+def test_a_classifier_teaches_a_segmenter_by_its_features():
+    distiller = Distiller(tiny_cnn(), UNet(), "rsd", input_size=64)
+    assert distiller.task.is_dense
+    distiller(torch.rand(4, 3, 64, 64), torch.zeros(4, 64, 64, dtype=torch.int64)).loss.backward()
+
+
+def test_several_teachers(folder):
+    distiller = Distiller([segformer(), lraspp()], small(), "kd", input_size=(40, 56))
+    assert {"teacher0.kd", "teacher1.kd"} <= set(distiller(*stripes(4)).terms)
+    distiller.fit(folder / "train", folder / "val", epochs=1, **QUIET)
+
+
+def test_cwd_beside_other_methods_is_cwd():
+    images, masks = stripes(4)
+    alone = make("cwd")(images, masks).terms["cwd"]
+    together = make(hetkd.Combined(["cwd", "fitnet"]))(images, masks).terms
+    assert {"ce", "cwd"} < set(together)
+    torch.testing.assert_close(together["cwd"], alone)
+
+
+def test_masks_follow_the_teachers_classes_by_name(folder):
+    teacher = segformer()
+    teacher.config.id2label = {0: "bright", 1: "dark", 2: "grey"}
+    distiller = Distiller(teacher, small(), "kd", input_size=64)
+    distiller.fit(folder / "train", epochs=1, min_crop=1.0, **QUIET)
+    assert distiller.class_names == ["bright", "dark", "grey"]
+    dataset = distiller.task.make_dataset(
+        folder / "train", what="train", spec=distiller.student_inputs.spec, size=(64, 64), train=False
+    )
+    before = dataset[0][1]
+    dataset.order_classes(["bright", "dark", "grey"], "the teacher", "train")
+    after = dataset[0][1]
+    assert torch.equal(after == 1, before == 0)  # dark
+    assert torch.equal(after == 0, before == 2)  # bright
+    assert torch.equal(after == 255, before == 255)
+
+
+def test_tensors_of_a_dataset_pass_as_they_are():
+    images, masks = stripes(8, (64, 64))
+    normalised = [((image - 0.5) / 0.25, mask) for image, mask in zip(images, masks, strict=True)]
+    distiller = Distiller(None, small(), "ce", input_size=64, normalized=((0.5,) * 3, (0.25,) * 3))
+    dataset = distiller.task.make_dataset(
+        normalised, what="train", spec=distiller.student_inputs.spec, size=(64, 64), train=True, seed=0
+    )
+    assert torch.equal(dataset[3][0], normalised[3][0])
+    distiller.fit(normalised, epochs=1, **QUIET)
+
+
+def test_a_foreground_of_255_is_said():
+    images, masks = stripes(8, (64, 64))
+    binary = [(image, torch.where(mask == 2, 255, 0)) for image, mask in zip(images, masks, strict=True)]
+    with pytest.warns(RuntimeWarning, match="masks hold the values 0 and 255 alone"):
+        Distiller(None, small(), "ce", input_size=64).fit(binary, epochs=1, **QUIET)
+
+
+def test_few_or_no_pixels_with_a_class():
+    images, masks = stripes(8)
+    masks[:] = 255
+    masks[1, 0, 0] = 1
+    distiller = make("kd")
+    assert all(torch.isfinite(term) for term in distiller(images, masks).terms.values())
+    distiller.fit((images, masks), (images, masks), epochs=1, **{**QUIET, "batch_size": 2})
+
+
+def test_names_of_classes_are_as_many(folder):
+    (folder / "classes.txt").write_text("dark\ngrey\nbright\nvoid\n")
+    with pytest.raises(ValueError, match=r"classes.txt has 4 names .*, but the student has 3 classes"):
+        make("kd").fit(folder / "train", epochs=1, **QUIET)
+
+
+def test_check_reads_masks(folder):
+    found = make("kd").check(folder / "train", folder / "val")
+    assert [each.images for each in found.surveys] == [8, 9]
+    assert ["which is chance for 3 classes" in problem for problem in found.problems] in ([], [True])  # untrained
+
+
+def test_from_a_shell(folder, capsys):
+    from hetkd.__main__ import main
+
+    path = folder / "student.safetensors"
+    distiller = make("kd")
+    distiller.class_names = ["dark", "grey", "bright"]
+    distiller.save_student(path)
+    assert main(["evaluate", str(path), str(folder / "val")]) == 0
+    assert "miou" in capsys.readouterr().out
+    assert main(["predict", str(path), str(folder / "val" / "odd.webp")]) == 0
+    assert " %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_a_segmenter_has_no_idle_parameters(name):
+    model = load_model(f"timm:{name}", pretrained=False, task="segmentation", num_classes=3)
+    model(torch.rand(2, 3, 64, 64)).sum().backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_backbone_that_yields_its_last_map_keeps_that_stage():
+    class Backbone(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = ((3, 8), (8, 16), (16, 24), (24, 32))
+            self.blocks = torch.nn.Sequential(
+                *(torch.nn.Sequential(torch.nn.Conv2d(*s, 3, 2, 1), torch.nn.ReLU()) for s in sizes)
+            )
+
+        def forward(self, x):
+            return self.blocks(x)
+
+    distiller = Distiller(Backbone(), tiny_cnn(), "fitnet", input_size=64, kd_weight=0)
+    assert distiller.task.name == "classification"
+    assert distiller.plan.rows[-1].teacher.startswith("blocks.3")

@@ -235,7 +235,9 @@ def target_name(part: int, name: str) -> str:
 
 
 def _has_plain_kl(method: Method) -> bool:
-    return method.kd_weight > 0 and type(method).logit_loss is Method.logit_loss
+    own = type(method)
+    is_plain = own.logit_loss is Method.logit_loss and own.compare_logits is Method.compare_logits
+    return method.kd_weight > 0 and is_plain
 
 
 def checked_weights(
