@@ -38,6 +38,7 @@ def test_quickstart(tmp_path):
         assert words in out
     student = load_file(tmp_path / "out" / "student.safetensors")
     assert student["fc.weight"].shape[0] == 10
+    assert "alone" in (tmp_path / "out" / "report.html").read_text()
     picture = Image.open(tmp_path / "out" / "learning_curves.png")
     assert picture.size == (900, 560)
     assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
