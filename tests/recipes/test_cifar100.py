@@ -42,6 +42,7 @@ def test_cifar100_compares_the_stages_of_the_literature(pair):
             assert [names[side] for names in chosen] == ["blocks.1", "blocks.3", "blocks.9", "blocks.11"]
 
 
+@pytest.mark.slow
 def test_cifar100_finetunes_and_distils_in_its_shortest_form(tmp_path, monkeypatch, capsys, data_folder):
     import cifar100
 

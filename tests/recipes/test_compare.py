@@ -38,6 +38,7 @@ def compare_tiny(monkeypatch, folder, *words):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_compare_writes_rows_table_and_picture_and_refuses_another_protocol(tmp_path, monkeypatch):
     rows = compare_tiny(monkeypatch, tmp_path)
     assert len(rows) == 6

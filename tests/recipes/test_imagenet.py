@@ -68,6 +68,7 @@ def write_shards(folder: Path, data: Path) -> None:
                     archive.addfile(member, io.BytesIO(label))
 
 
+@pytest.mark.slow
 def test_imagenet_from_a_stream_in_two_processes(tiny_imagenet):
     write_shards(tiny_imagenet / "shards", tiny_imagenet / "data")
     words = (*IMAGENET[:-1], "wds:shards", "--images", "24", "--classes", "4", "--student", "timm:test_resnet")
@@ -127,6 +128,7 @@ def test_stream_refuses_what_it_cannot_know(tmp_path, capsys):
         streams.open_streams(f"wds:{tmp_path}")
 
 
+@pytest.mark.slow
 def test_imagenet_in_two_processes_and_again(tiny_imagenet):
     words = (*IMAGENET, "--student", "timm:test_resnet", "--batch-size", "4", "--workers", "0", "--output", "out")
     for _ in range(2):  # the second time there is nothing left to do
@@ -139,6 +141,7 @@ def test_imagenet_in_two_processes_and_again(tiny_imagenet):
     assert (settings["optimizer"], settings["lr"], settings["scheduler"]) == ("sgd", 0.1, "step")
 
 
+@pytest.mark.slow
 def test_imagenet_dry_run_and_the_protocol_of_transformers(tiny_imagenet):
     words = (*IMAGENET, "--student", "timm:test_vit2", "--batch-size", "4")
     out = run("imagenet_sfkd.py", *words, "--dry-run", cwd=tiny_imagenet)

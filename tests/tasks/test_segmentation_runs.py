@@ -128,6 +128,7 @@ def test_from_folders_to_a_file(folder):
     assert [one.mask.shape for one in student.predict(torch.rand(2, 3, 20, 30))] == [(20, 30)] * 2
 
 
+@pytest.mark.slow
 def test_export(folder):
     pytest.importorskip("onnxruntime")
     distiller = Distiller(None, small(), "ce", input_size=(40, 56))
