@@ -28,6 +28,7 @@ def test_cifar100_protocols_and_pairs():
         torch.testing.assert_close(distiller.student_inputs(x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["mixer_b:mobilenetv2", "convnext_t:resmlp_s12"])
 def test_cifar100_compares_the_stages_of_the_literature(pair):
     import cifar100

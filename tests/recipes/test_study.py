@@ -108,6 +108,7 @@ def test_a_teacher_that_learnt_from_other_images_is_not_taken(small, monkeypatch
         study.load_teacher("dinov2_s", small / "teachers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lite0", "swin", "mixer", "convnext"])
 def test_the_teachers_that_come_with_the_recipe_know_their_classes(name, tmp_path, data_folder, monkeypatch):
     monkeypatch.setenv("HETKD_DATA", str(data_folder))
