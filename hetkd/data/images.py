@@ -223,7 +223,7 @@ def make_loader(
     dataset: Any = (make or make_dataset)(data, what=what, spec=spec, size=size, train=train, **loading)
     if wrap is not None:
         dataset = wrap(as_single_images(dataset, what, seed))
-    elif _is_loader(dataset):
+    elif is_loader(dataset):
         return cast(Iterable[Any], dataset)
     drop_last = train and len(dataset) >= batch_size
     return DataLoader(
@@ -252,8 +252,20 @@ def make_dataset(
     min_crop: float = 0.08,
 ) -> Any:
     """Make a dataset of what `make_loader` takes; a loader is returned as it is."""
-    if isinstance(data, (str, Path)):
-        data = open_folder(Path(data), what)
+    data = open_data(open_folder(Path(data), what) if isinstance(data, (str, Path)) else data, what)
+    if is_loader(data) or isinstance(data, TensorImages):
+        return data
+    transform = image_transform(spec, size, train, min_crop)
+    return TransformedImages(data, transform, seed if train else None, skip_unreadable=skip_unreadable, keys=keys)
+
+
+def open_data(data: Any, what: str) -> Any:
+    """Return tensors as a `TensorImages`, and datasets and loaders as they are.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If it is empty.
+    """
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
         data = TensorImages(*data)
     elif isinstance(data, Tensor):
@@ -263,14 +275,13 @@ def make_dataset(
             f"{what} is a dict of the splits {list(data)}: give one of them, {next(iter(data), 'train')!r}."
         )
     _refuse_empty(data, what)
-    if _is_loader(data) or isinstance(data, TensorImages):
+    if is_loader(data) or isinstance(data, TensorImages):
         return data
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(
             f"{what} must be a folder, a dataset, tensors (images, labels) or a loader, got {type(data).__name__}."
         )
-    transform = image_transform(spec, size, train, min_crop)
-    return TransformedImages(data, transform, seed if train else None, skip_unreadable=skip_unreadable, keys=keys)
+    return data
 
 
 def as_single_images(dataset: Any, what: str, seed: int) -> TransformedImages:
@@ -279,7 +290,7 @@ def as_single_images(dataset: Any, what: str, seed: int) -> TransformedImages:
     Raises:
         TypeError: If it is a loader.
     """
-    if _is_loader(dataset):
+    if is_loader(dataset):
         raise TypeError(f"{what} is a loader, whose images have no numbers; a teacher cache needs a dataset.")
     return dataset if isinstance(dataset, TransformedImages) else TransformedImages(dataset, _as_it_is, seed)
 
@@ -299,7 +310,8 @@ def has_labels(loader: Iterable[Any]) -> bool | None:
         return None
 
 
-def _is_loader(data: Any) -> bool:
+def is_loader(data: Any) -> bool:
+    """Say whether data come in batches already, or one after another without numbers."""
     return isinstance(data, DataLoader) or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__"))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hetkd.data.folders import EXTENSIONS, picture_files
-from hetkd.data.images import TensorImages, TransformedImages, make_dataset
+from hetkd.data.images import TensorImages, TransformedImages, is_loader, open_data
 from hetkd.data.pictures import name_of, open_picture, raise_for_content
 from hetkd.data.samples import Keys, as_picture
 from hetkd.data.seeding import sample_seed, seeded
@@ -253,13 +253,11 @@ def make_mask_dataset(
         ignore_index: The value of pixels without a class.
         colors: See `hetkd.tasks.Segmentation`.
     """
-    if isinstance(data, (str, Path)):
-        data = MaskFolder(Path(data), what)
-    plain = make_dataset(data, what=what, spec=spec, size=size, train=train, keys=Keys())
-    if isinstance(plain, TensorImages) and plain.labels is not None and plain.labels.ndim != 3:
+    data = open_data(MaskFolder(Path(data), what) if isinstance(data, (str, Path)) else data, what)
+    if isinstance(data, TensorImages) and data.labels is not None and data.labels.ndim != 3:
         raise ValueError(f"{what} needs masks [N, H, W] beside its images: {what}=(images, masks).")
-    if not isinstance(plain, TransformedImages):
-        return plain
+    if is_loader(data) or isinstance(data, TensorImages):
+        return data
     return MaskedImages(
         data,
         TrainingCrop(spec, size, min_crop) if train else WholeImage(spec, size),

@@ -226,22 +226,11 @@ def is_segmenter(model: Any) -> bool:
 
 def output_is_convolution(model: nn.Module, adapter: Adapter, images: Tensor) -> bool:
     """Say whether the output ``[B, C, h, w]`` is that of a convolution or linear layer, as it is or resized."""
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
-            found.append(output if isinstance(module, nn.Conv2d) else output.movedim(3, 1))
-
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        logits = adapter.run(model, images, ()).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    logits, found = _logits_and_layers(model, adapter, images)
     if logits is None or logits.ndim != 4:
         return False
-    last = [x for x in found if x.shape[:2] == logits.shape[:2]][-1:]
+    maps = [x if isinstance(layer, nn.Conv2d) else x.movedim(3, 1) for layer, x in found if x.ndim == 4]
+    last = [x for x in maps if x.shape[:2] == logits.shape[:2]][-1:]
     return any(torch.allclose(x, logits, atol=1e-4) for x in _resized_alike(last, logits))
 
 
@@ -259,19 +248,27 @@ def output_is_linear(model: nn.Module, adapter: Adapter, images: Tensor) -> bool
 
     Softmax, scaling and averages over positions keep ranks; what an embedding goes through last does not.
     """
-    found: list[Tensor] = []
+    logits, found = _logits_and_layers(model, adapter, images)
+    if logits is None:
+        return False
+    vectors = [x.mean((2, 3)) if x.ndim == 4 else x for _, x in found]
+    return any(x.shape == logits.shape and torch.equal(x.argsort(1), logits.argsort(1)) for x in vectors)
+
+
+def _logits_and_layers(
+    model: nn.Module, adapter: Adapter, images: Tensor
+) -> tuple[Tensor | None, list[tuple[nn.Module, Tensor]]]:
+    """Run a model; return its logits, and the outputs of its linear layers and convolutions as they came."""
+    found: list[tuple[nn.Module, Tensor]] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            found.append(output.mean((2, 3)) if output.ndim == 4 else output)
+            found.append((module, output))
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        logits = adapter.run(model, images, ()).logits
+        return adapter.run(model, images, ()).logits, found
     finally:
         for handle in handles:
             handle.remove()
-    if logits is None:
-        return False
-    return any(x.shape == logits.shape and torch.equal(x.argsort(1), logits.argsort(1)) for x in found)

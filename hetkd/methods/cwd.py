@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hetkd.features.adapter import Features
 from hetkd.methods.common.method import LogitMethod, register_method, student_logits
-from hetkd.tasks.segmentation import resized
+from hetkd.tasks.segmentation import on_coarser_grid
 
 
 @register_method("cwd")
@@ -39,7 +39,7 @@ class CWD(LogitMethod):
     def compare_logits(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the divergence of the distributions over pixels, mean over images and classes, times T^2."""
         own = student_logits(student)
-        grid = [min(sizes) for sizes in zip(own.shape[2:], teacher.shape[2:], strict=True)]
-        mine, theirs = ((resized(x, grid) / self.temperature).flatten(2).log_softmax(2) for x in (own, teacher))
+        both = on_coarser_grid(own, teacher)
+        mine, theirs = ((x / self.temperature).flatten(2).log_softmax(2) for x in both)
         divergence = F.kl_div(mine, theirs, reduction="sum", log_target=True)
         return divergence * self.temperature**2 / (own.shape[0] * own.shape[1])

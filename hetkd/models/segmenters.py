@@ -33,15 +33,14 @@ class TimmSegmenter(nn.Module):
         info = self.encoder.feature_info
         strides, widths = [stage["reduction"] for stage in info], [stage["num_chs"] for stage in info]
         last = len(info) - 1
-        self.low = next((index for index, stride in enumerate(strides) if stride >= 8), last)
-        self.stages = [self.low, last]
-        self.is_plain = strides[self.low] == strides[last]
+        low = next((index for index, stride in enumerate(strides) if stride >= 8), last)
+        self.is_plain = strides[low] == strides[last]
         self.decoder: nn.Module
         if self.is_plain:
             self.decoder = nn.Sequential(nn.BatchNorm2d(widths[last]), nn.Conv2d(widths[last], num_classes, 1))
         else:
-            self.decoder = LRASPPHead(widths[self.low], widths[last], num_classes, _DECODER_WIDTH)
-        self.stages = self.encoder.prune_intermediate_layers(self.stages, prune_norm=not self.is_plain, prune_head=True)
+            self.decoder = LRASPPHead(widths[low], widths[last], num_classes, _DECODER_WIDTH)
+        self.stages = self.encoder.prune_intermediate_layers([low, last], prune_norm=not self.is_plain, prune_head=True)
         self.num_classes = num_classes
         self.pretrained_cfg = self.encoder.pretrained_cfg
 

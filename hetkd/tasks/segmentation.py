@@ -123,17 +123,17 @@ class Segmentation(Task):
     def cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """Return the mean over valid pixels of the mask."""
         enlarged, valid = resized(logits, labels.shape[-2:]), labels != self.ignore_index
-        if not valid.any():  # a crop may hold no pixel with a class
-            return 0 * logits.sum()
-        return F.cross_entropy(enlarged, labels, weights, ignore_index=self.ignore_index)
+        total = F.cross_entropy(enlarged, labels, weights, ignore_index=self.ignore_index, reduction="sum")
+        counted = valid.to(total.dtype) if weights is None else weights[labels.where(valid, 0)] * valid
+        # A crop may hold no pixel with a class: then both are 0. To ask would wait for the device.
+        return total / counted.sum().clamp(min=1e-12)
 
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Rows:
         """Return the logits of pixels with a class, on the coarser of both grids; without labels of all pixels."""
-        grid = torch.Size(min(sizes) for sizes in zip(student.shape[-2:], teacher.shape[-2:], strict=True))
-        own, others = (resized(x, grid).movedim(1, -1) for x in (student, teacher))
+        own, others = (x.movedim(1, -1) for x in on_coarser_grid(student, teacher))
         if labels is None:
             return Rows(own.flatten(0, 2), others.flatten(0, 2), None)
-        coarse = F.interpolate(labels[:, None].float(), grid, mode="nearest-exact")[:, 0].long()
+        coarse = F.interpolate(labels[:, None].float(), own.shape[1:3], mode="nearest-exact")[:, 0].long()
         valid = coarse != self.ignore_index
         if not valid.any():  # then the teacher teaches these images whole
             valid = torch.ones_like(valid)
@@ -184,6 +184,12 @@ class Segmentation(Task):
             return logits
         grid = torch.Size(max(1, round(side * _LARGEST_LOGITS / largest)) for side in logits.shape[-2:])
         return F.interpolate(logits, grid, mode="bilinear", align_corners=False, antialias=True)
+
+
+def on_coarser_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both logits ``[B, classes, h, w]`` at the smaller height and the smaller width of the two."""
+    grid = [min(sizes) for sizes in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
+    return resized(student, grid), resized(teacher, grid)
 
 
 def resized(logits: Tensor, size: Sequence[int]) -> Tensor:
