@@ -226,21 +226,25 @@ def is_segmenter(model: Any) -> bool:
 
 def output_is_convolution(model: nn.Module, adapter: Adapter, images: Tensor) -> bool:
     """Say whether the output ``[B, C, h, w]`` is that of a convolution or linear layer, as it is or resized."""
-    logits, found = _logits_and_layers(model, adapter, images)
-    if logits is None or logits.ndim != 4:
+    last: dict[torch.Size, Tensor] = {}  # of all layers with as many channels
+
+    def keep(layer: nn.Module, x: Tensor) -> None:
+        if x.ndim == 4:
+            x = x if isinstance(layer, nn.Conv2d) else x.movedim(3, 1)
+            last[x.shape[:2]] = x
+
+    logits = _logits_beside_layers(model, adapter, images, keep)
+    if logits is None or logits.ndim != 4 or logits.shape[:2] not in last:
         return False
-    maps = [x if isinstance(layer, nn.Conv2d) else x.movedim(3, 1) for layer, x in found if x.ndim == 4]
-    last = [x for x in maps if x.shape[:2] == logits.shape[:2]][-1:]
-    return any(torch.allclose(x, logits, atol=1e-4) for x in _resized_alike(last, logits))
+    return any(torch.allclose(x, logits, atol=1e-4) for x in _resized_alike(last[logits.shape[:2]], logits))
 
 
-def _resized_alike(maps: Sequence[Tensor], like: Tensor) -> Iterator[Tensor]:
-    for x in maps:
-        if x.shape == like.shape:
-            yield x
-        yield F.interpolate(x, like.shape[2:], mode="nearest")
-        for align_corners in (False, True):
-            yield F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=align_corners)
+def _resized_alike(x: Tensor, like: Tensor) -> Iterator[Tensor]:
+    if x.shape == like.shape:
+        yield x
+    yield F.interpolate(x, like.shape[2:], mode="nearest")
+    for align_corners in (False, True):
+        yield F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=align_corners)
 
 
 def output_is_linear(model: nn.Module, adapter: Adapter, images: Tensor) -> bool:
@@ -248,27 +252,28 @@ def output_is_linear(model: nn.Module, adapter: Adapter, images: Tensor) -> bool
 
     Softmax, scaling and averages over positions keep ranks; what an embedding goes through last does not.
     """
-    logits, found = _logits_and_layers(model, adapter, images)
+    found: list[Tensor] = []  # maps are large: their means are kept
+    logits = _logits_beside_layers(
+        model, adapter, images, lambda layer, x: found.append(x.mean((2, 3)) if x.ndim == 4 else x)
+    )
     if logits is None:
         return False
-    vectors = [x.mean((2, 3)) if x.ndim == 4 else x for _, x in found]
-    return any(x.shape == logits.shape and torch.equal(x.argsort(1), logits.argsort(1)) for x in vectors)
+    return any(x.shape == logits.shape and torch.equal(x.argsort(1), logits.argsort(1)) for x in found)
 
 
-def _logits_and_layers(
-    model: nn.Module, adapter: Adapter, images: Tensor
-) -> tuple[Tensor | None, list[tuple[nn.Module, Tensor]]]:
-    """Run a model; return its logits, and the outputs of its linear layers and convolutions as they came."""
-    found: list[tuple[nn.Module, Tensor]] = []
+def _logits_beside_layers(
+    model: nn.Module, adapter: Adapter, images: Tensor, keep: Callable[[nn.Module, Tensor], None]
+) -> Tensor | None:
+    """Return the logits of a run, in which ``keep`` sees the outputs of linear layers and convolutions."""
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            found.append((module, output))
+            keep(module, output)
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    handles = [layer.register_forward_hook(keep) for layer in layers]
+    handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
-        return adapter.run(model, images, ()).logits, found
+        return adapter.run(model, images, ()).logits
     finally:
         for handle in handles:
             handle.remove()
