@@ -92,6 +92,7 @@ def assemble(
     if is_dense is None and made.uses_teacher_logits and any(tap.classes and not tap.is_dense for tap in taps):
         is_dense = False  # a map that the student yields is a feature, then
     student_tap = Tap("student", student, sizes.get("student"), normalized, is_dense=is_dense)
+    _refuse_without_logits(student_tap, made, is_dense)
     made.task = make_task(task, is_dense=student_tap.is_dense)
     _check_task(made, taps)
     _bind(made, taps, student_tap, stages)
@@ -104,6 +105,24 @@ def _dense_student(name: str, teachers: Sequence[Tap], is_dense: bool | None) ->
     """Return what a student's name is built with: a timm encoder becomes a segmenter where the teacher is one."""
     wanted = any(tap.is_dense for tap in teachers) if is_dense is None else is_dense
     return {"task": "segmentation"} if wanted and not is_file(name) else {}
+
+
+def _refuse_without_logits(student: Tap, method: Method, is_dense: bool | None) -> None:
+    if not (method.uses_student_logits or method.uses_teacher_logits):
+        return
+    _refuse_probabilities(student)
+    if student.classes is not None:
+        return
+    if is_dense is False:
+        raise ValueError(
+            "the student has no classifier that yields logits [B, classes], as task='classification' or a teacher of "
+            "whole images needs: give it one with num_classes=..."
+        )
+    raise ValueError(
+        "the student has no classifier: give it one with num_classes=... If it is a segmenter, it must return the "
+        "logits [B, classes, h, w] of its last convolution, before any softmax and in no tuple; of logits that are "
+        "made otherwise say task='segmentation'."
+    )
 
 
 def _check_task(method: Method, teachers: Sequence[Tap]) -> None:
@@ -215,8 +234,6 @@ def _live_taps(
 
 def _bind(method: Method, teachers: Sequence[Tap], student: Tap, stages: Sequence[StageChoice] | None) -> None:
     """Choose the stage pairs, make the method's parameters for them, and tap both sides there."""
-    if student.classes is None and (method.uses_student_logits or method.uses_teacher_logits):
-        raise ValueError("the student has no classifier: give it one with num_classes=...")
     if student.classes == 1 and method.uses_student_logits:
         raise ValueError(
             "the student has one logit, whose softmax is always 1, so that no loss on it teaches anything: give it two "
@@ -270,6 +287,7 @@ def _check_classes(teacher: Tap, student: Tap) -> None:
             f"the {teacher.role} has no classifier, but the method compares logits: use a teacher with one, or a "
             "feature method with kd_weight=0. (If its output are logits all the same, say so: teacher_classes=...)"
         )
+    _refuse_probabilities(teacher)
     if getattr(getattr(teacher.model, "config", None), "problem_type", None) == "multi_label_classification":
         raise ValueError(
             f"the {teacher.role} says yes or no for each of its classes (multi-label), but the method compares softmax "
@@ -279,6 +297,14 @@ def _check_classes(teacher: Tap, student: Tap) -> None:
         raise ValueError(
             f"the {teacher.role} has {teacher.classes} classes and the student {student.classes}, but the method "
             "compares logits: give both the same number of classes, or use a feature method with kd_weight=0."
+        )
+
+
+def _refuse_probabilities(tap: Tap) -> None:
+    if tap.yields_probabilities:
+        raise ValueError(
+            f"the {tap.role} yields probabilities, which sum to 1, but losses take logits: leave its softmax out, or "
+            "have it return their logarithm, model(images).log()."
         )
 
 

@@ -52,7 +52,7 @@ class GenericAdapter(HookAdapter):
             raise NoSpatialFeatures(f"{type(model).__name__} has no spatial features: {reason}")
         with tapped(model, list(_blocks(model))) as outputs:
             self.call(model, images)
-        names = [name for name in _distinct(outputs) if self._is_spatial(outputs.of(name), model, images)]
+        names = [name for name in distinct(outputs) if self._is_spatial(outputs.of(name), model, images)]
         if not names:
             raise NoSpatialFeatures(
                 f"{type(model).__name__} has no spatial features: no block yields a feature map larger than 1 x 1 "
@@ -108,7 +108,7 @@ def _has_aspect(grid: Sequence[int], aspect: float) -> bool:
     return abs(grid[0] - grid[1] * aspect) <= max(1, aspect)
 
 
-def _distinct(outputs: Outputs) -> list[str]:
+def distinct(outputs: Outputs) -> list[str]:
     """Name the modules whose outputs stayed as they were, and were not returned by a module inside them too."""
     names: list[str] = []
     seen: list[Tensor] = []

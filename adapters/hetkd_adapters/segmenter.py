@@ -5,10 +5,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from hetkd.features import is_segmenter, tapped
-from hetkd_adapters.generic import GenericAdapter
+from hetkd_adapters.generic import GenericAdapter, distinct
 from hetkd_adapters.libraries import is_tappable_timm, timm_stage_names
 
-_ENCODERS = ("encoder", "backbone")
+_ENCODERS = ("encoder", "backbone", "model.pixel_level_module.encoder")  # the last is MaskFormer's and its kin's
 
 
 class SegmenterAdapter(GenericAdapter):
@@ -38,8 +38,10 @@ class SegmenterAdapter(GenericAdapter):
         names = [f"{name}.{stage}" for stage in listed if stage in paths]
         with tapped(model, names) as outputs:
             self.call(model, images)
-        return [stage for stage in names if stage in outputs.finished]
+        unchanged = distinct(outputs)
+        return [stage for stage in names if stage in unchanged]
 
     def _encoder(self, model: nn.Module) -> str | None:
         names = (*_ENCODERS, getattr(model, "base_model_prefix", ""))  # the latter is Hugging Face's
-        return next((name for name, _ in model.named_children() if name in names), None)
+        paths = {path for path, _ in model.named_modules()} - {""}
+        return next((name for name in names if name in paths), None)

@@ -13,13 +13,12 @@ from torch.utils.data import Dataset
 from hetkd.data.folders import EXTENSIONS, picture_files
 from hetkd.data.images import TensorImages, TransformedImages, is_loader, open_data
 from hetkd.data.pictures import name_of, open_picture, raise_for_content
-from hetkd.data.samples import Keys, as_picture
+from hetkd.data.samples import MASK_KEYS, Keys, as_picture
 from hetkd.data.seeding import sample_seed, seeded
 from hetkd.data.transforms import picture_tensor, resize_transform
 from hetkd.models.inputs import InputSpec
 
 _IMAGES, _MASKS = ("images", "image", "img"), ("masks", "labels", "annotations", "mask", "annotation")
-_MASK_KEYS = ("mask", "annotation", "segmentation_mask", "semantic_segmentation", "label", "labels")
 _JITTER, _NARROWEST = 0.3, 0.75
 Colors = Sequence[tuple[int, ...]]
 
@@ -213,7 +212,7 @@ def image_and_mask(sample: Any, keys: Keys, name: str) -> tuple[Any, Any]:
         TypeError: If it is neither.
     """
     if isinstance(sample, Mapping):
-        mask = keys.label or next((key for key in _MASK_KEYS if key in sample), None)
+        mask = keys.label or next((key for key in (*MASK_KEYS, "label", "labels") if key in sample), None)
         image = keys.image or next((key for key in ("image", "pixel_values", "images") if key in sample), None)
         if image in sample and mask in sample and image is not None and mask is not None:
             return sample[image], sample[mask]

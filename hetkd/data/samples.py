@@ -8,6 +8,7 @@ from torch import Tensor
 
 _IMAGE_KEYS = ("pixel_values", "image", "images", "img")
 _LABEL_KEYS = ("labels", "label", "fine_label", "class", "target", "cls")
+MASK_KEYS = ("mask", "masks", "annotation", "segmentation_mask", "semantic_segmentation")
 
 
 class Keys(NamedTuple):
@@ -67,7 +68,7 @@ def _from_dict(sample: Mapping[str, Any], keys: Keys) -> tuple[Any, Any]:
         raise TypeError(
             f"a sample has the keys {sorted(sample)}; expected an image and a label: name it, image_key=..."
         )
-    label = keys.label or _key(sample, _LABEL_KEYS, _is_class, "label", other_than=image)
+    label = keys.label or _key(sample, (*_LABEL_KEYS, *MASK_KEYS), _is_class, "label", other_than=image)
     return sample[image], None if label is None else sample[label]
 
 

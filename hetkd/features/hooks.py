@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from hetkd.features.adapter import Adapter, Features
 from hetkd.features.grid import tokens_to_map
 
+_LEAST_SHARE = 1e-6
+
 
 class HookAdapter(Adapter):
     """Base of adapters that tap submodules by forward hooks.
@@ -146,6 +148,8 @@ def output_logits(output: Any) -> Tensor | None:
     Of several classifiers it takes the first, or their average where the model makes one. A map alone may be features
     too, which `hetkd.features.tap.Tap` finds out.
     """
+    if isinstance(output, Mapping) and "masks_queries_logits" in output:
+        return logits_of_queries(output["class_queries_logits"], output["masks_queries_logits"])
     if isinstance(output, Mapping):
         logits = output.get("logits", output.get("out"))  # torchvision's segmenters
     elif hasattr(output, "logits"):
@@ -154,6 +158,23 @@ def output_logits(output: Any) -> Tensor | None:
         logits = output[0] if isinstance(output, (tuple, list)) and output else output
     ranks = (2,) if isinstance(output, (tuple, list)) else (2, 4)
     return logits if isinstance(logits, Tensor) and logits.ndim in ranks else None
+
+
+def logits_of_queries(classes: Tensor, masks: Tensor) -> Tensor:
+    """Return for each pixel the logarithm of each class's share, of a model whose queries have a class and a mask each.
+
+    Mask2Former (Cheng et al., arXiv 2112.01527) and its kin segment by the largest share.
+
+    Args:
+        classes: ``[B, queries, classes + 1]``; the last one is none.
+        masks: ``[B, queries, h, w]``, logits of each pixel's part in the mask.
+
+    Returns:
+        ``[B, classes, h, w]``, float32.
+    """
+    with torch.autocast(classes.device.type, enabled=False):
+        shares = torch.einsum("bqc,bqhw->bchw", classes.float().softmax(2)[..., :-1], masks.float().sigmoid())
+        return (shares + _LEAST_SHARE).log()
 
 
 @contextmanager
@@ -221,7 +242,8 @@ def is_segmenter(model: Any) -> bool:
     """Say whether a library's own class yields logits for each pixel."""
     home, name = type(model).__module__, type(model).__name__
     libraries = ("torchvision.models.segmentation", "segmentation_models_pytorch", "hetkd.models.segmenters")
-    return home.startswith(libraries) or (home.startswith("transformers") and "ForSemanticSegmentation" in name)
+    of_pixels = ("ForSemanticSegmentation", "ForUniversalSegmentation", "MaskFormerForInstanceSegmentation")
+    return home.startswith(libraries) or (home.startswith("transformers") and name.endswith(of_pixels))
 
 
 def output_is_convolution(model: nn.Module, adapter: Adapter, images: Tensor) -> bool:

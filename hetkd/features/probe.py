@@ -23,6 +23,7 @@ class Probe(NamedTuple):
         pooled: Channels of the vector that the classifier sees, or ``None`` if there is none.
         is_dense: Whether its logits are maps.
         yields_logits: Names of listed stages whose map is that of the logits.
+        are_probabilities: Whether a softmax has been at its logits.
     """
 
     stages: list[Stage]
@@ -30,6 +31,7 @@ class Probe(NamedTuple):
     pooled: int | None
     is_dense: bool
     yields_logits: set[str]
+    are_probabilities: bool
 
 
 def probe(
@@ -58,7 +60,14 @@ def probe(
     classes, pooled = (None if x is None else x.shape[1] for x in (features.logits, features.pooled))
     is_dense = features.logits is not None and features.logits.ndim == 4
     yields_logits = {name for name, x in zip(listed, features.maps, strict=False) if x is features.logits}
-    return Probe([Stage(name, *shapes[name]) for name in names], classes, pooled, is_dense, yields_logits)
+    found = [Stage(name, *shapes[name]) for name in names]
+    return Probe(found, classes, pooled, is_dense, yields_logits, _are_probabilities(features.logits))
+
+
+def _are_probabilities(logits: Tensor | None) -> bool:
+    if logits is None or logits.shape[1] < 2 or bool((logits < 0).any()):
+        return False
+    return torch.allclose(logits.float().sum(1), torch.ones((), device=logits.device), atol=1e-3)
 
 
 def _in_order_of_depth(listed: list[str], added: list[str], finished: list[str]) -> list[str]:

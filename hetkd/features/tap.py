@@ -29,6 +29,8 @@ Size = int | tuple[int, int]
 class Tap:
     """One side of a distillation: a model, its input transform, its adapter and its tapped stages."""
 
+    yields_probabilities = False
+
     def __init__(
         self,
         role: str,
@@ -44,7 +46,9 @@ class Tap:
         self.spec: InputSpec = input_spec(self.model)
         self.size = as_size(size) if size is not None else self.spec.size
         self.why_no_stages = ""
-        self.stages, self.classes, self.pooled, self.is_dense, yields_logits = self._dry_run()
+        self.stages, self.classes, self.pooled, self.is_dense, yields_logits, self.yields_probabilities = (
+            self._dry_run()
+        )
         is_known = classes is not None or (is_dense and self.is_dense)
         is_feature = classes == 0 or (self.is_dense and is_dense is False)
         if self.classes is not None and (is_feature or not (is_known or self._ends_in_classifier())):

@@ -224,8 +224,13 @@ def _torchvision_model(name: str, num_classes: int | None, pretrained: bool, kwa
 
     segmenters = torchvision.models.list_models(module=torchvision.models.segmentation)
     known = [*torchvision.models.list_models(module=torchvision.models), *segmenters]
-    if name not in known or (kwargs.pop("task", None) and name not in segmenters):
+    if name not in known:
         raise unknown_name("torchvision model", name, known)
+    if kwargs.pop("task", None) and name not in segmenters:
+        raise ValueError(
+            f"torchvision's {name!r} classifies images: for segmentation use one of {', '.join(segmenters)}, or a timm "
+            "encoder, 'timm:mobilenetv3_small_100'."
+        )
     weights = torchvision.models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
     crop, resized = (getattr(preset, size, preset.resize_size)[0] for size in ("crop_size", "resize_size"))

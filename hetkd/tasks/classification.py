@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetkd.data.images import make_dataset
+from hetkd.data.labels import known_labels
 from hetkd.models.inputs import check_labels
 from hetkd.tasks.task import Metrics, Rows, Task
 
@@ -60,6 +61,11 @@ class Classification(Task):
 
     def check_names(self, names: Sequence[str], classes: int | None) -> None:
         """Accept any: labels say which classes there are."""
+
+    def class_counts(self, dataset: Any, classes: int) -> Tensor | None:
+        """Return how many images each class has, where labels are known without loading each image."""
+        labels = known_labels(dataset)
+        return None if labels is None else labels.bincount(minlength=classes)
 
     def kept_waves(self, grid: int) -> int:
         """Return 5: finer waves tell less of the class."""

@@ -1,7 +1,7 @@
 """Semantic segmentation: one class a pixel."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetkd.data.masks import MaskedImages, make_mask_dataset
+from hetkd.features.grid import resampling
+from hetkd.spectral.precision import separable
 from hetkd.tasks.task import Metrics, Rows, Task
 
-_LARGEST_LOGITS, _LOOKED_AT = 128, 16
+_LARGEST_LOGITS, _LOOKED_AT, _COUNTED = 128, 16, 512
+_MOST_AT_ONCE = 2**24  # logits, 64 MB
 _PIXELS = 4  # an axis of each image, to see what a teacher knows
 _IN_FOLDERS = "folders of images and masks are scaled, cropped, flipped and coloured when they are loaded"
 
@@ -110,15 +113,17 @@ class Segmentation(Task):
         """Return for each image the pairs of true and named class, and sum and number of the cross-entropies."""
         from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-        pairs, losses = [], []
-        for each, mask in zip(logits, labels, strict=True):
-            mask, own = mask.to(logits.device)[None], resized(each[None], mask.shape)
-            valid = mask != self.ignore_index
-            named = own.argmax(1)[valid]
-            pairs.append(multiclass_confusion_matrix(named, mask[valid], logits.shape[1], validate_args=False))
-            loss = F.cross_entropy(own, mask, ignore_index=self.ignore_index, reduction="sum")
-            losses.append(torch.stack([loss, valid.sum().to(loss.dtype)]))
-        return torch.stack(pairs), torch.stack(losses)
+        classes = logits.shape[1]
+        pairs = logits.new_zeros(len(logits), classes, classes, dtype=torch.int64)
+        losses = logits.new_zeros(len(logits), 2)
+        for index, mask in enumerate(labels):
+            for own, true in in_strips(logits[index : index + 1], mask.to(logits.device)[None]):
+                valid = true != self.ignore_index
+                named = own.argmax(1)[valid]
+                pairs[index] += multiclass_confusion_matrix(named, true[valid], classes, validate_args=False)
+                losses[index, 0] += F.cross_entropy(own, true, ignore_index=self.ignore_index, reduction="sum")
+                losses[index, 1] += valid.sum()
+        return pairs, losses
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """Return the mean over valid pixels of the mask."""
@@ -169,6 +174,13 @@ class Segmentation(Task):
             )
         return []
 
+    def class_counts(self, dataset: Any, classes: int) -> Tensor | None:
+        """Return how many pixels each class has, in at most 512 masks, evenly spread."""
+        masks = dataset.some_masks(_COUNTED) if isinstance(dataset, MaskedImages) else getattr(dataset, "labels", None)
+        if masks is None:
+            return None
+        return torch.stack([mask[mask != self.ignore_index].bincount(minlength=classes) for mask in masks]).sum(0)
+
     def kept_waves(self, grid: int) -> int:
         """Return the same share of all waves as for classification: 5 of 8, 21 of 32."""
         return 5 * grid // 8 | 1
@@ -198,3 +210,25 @@ def resized(logits: Tensor, size: Sequence[int]) -> Tensor:
         return logits
     smaller = any(old > new for old, new in zip(logits.shape[-2:], size, strict=True))
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False, antialias=smaller)
+
+
+def in_strips(logits: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Enlarge logits to the masks' size strip by strip, for those of a large picture may not fit into memory.
+
+    Args:
+        logits: ``[B, classes, h, w]``.
+        masks: ``[B, H, W]``.
+
+    Yields:
+        Logits ``[B, classes, rows, W]`` and masks ``[B, rows, W]``, from top to bottom.
+    """
+    height, width = masks.shape[1:]
+    at_once = max(1, _MOST_AT_ONCE // (logits.shape[0] * logits.shape[1] * width))
+    if at_once >= height:
+        yield resized(logits, (height, width)), masks
+        return
+    rows, columns = (
+        resampling(old, new).to(logits) for old, new in zip(logits.shape[-2:], (height, width), strict=True)
+    )
+    for some, mask in zip(rows.split(at_once), masks.split(at_once, dim=1), strict=True):
+        yield separable(logits, some, columns), mask

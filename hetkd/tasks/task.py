@@ -102,6 +102,10 @@ class Task(ABC):
     def check_names(self, names: Sequence[str], classes: int | None) -> None:
         """Refuse names of classes that are not those of the student's logits; raises ValueError."""
 
+    @abstractmethod
+    def class_counts(self, dataset: Any, classes: int) -> Tensor | None:
+        """Return how often each class occurs in training data, ``[classes]``; ``None`` where only training tells."""
+
     def remarks(self, dataset: Any) -> list[str]:
         """Return what a person should know of training data before training."""
         return []

@@ -90,16 +90,16 @@ def layers_of(model: nn.Module) -> dict[str, int]:
     return {name: last if id(p) in head else layers[name] for name, p in model.named_parameters()}
 
 
-def class_weights(options: TrainingOptions, labels: torch.Tensor | None, classes: int | None) -> torch.Tensor | None:
-    """Return the weights of the classes in the cross-entropy; balanced ones have mean 1 over the training images.
+def class_weights(options: TrainingOptions, counts: torch.Tensor | None, classes: int | None) -> torch.Tensor | None:
+    """Return the weights of the classes in the cross-entropy; balanced ones have mean 1 over the training data.
 
     Args:
         options: Say what is wanted.
-        labels: Classes of the training images, if they are known.
+        counts: How often each class occurs, see `hetkd.tasks.Task.class_counts`.
         classes: Of the student.
 
     Raises:
-        ValueError: If there is another number of weights than of classes, or labels are unknown for balanced ones.
+        ValueError: If there is another number of weights than of classes, or balanced ones lack counts.
     """
     if options.class_weights is None:
         return None
@@ -111,7 +111,9 @@ def class_weights(options: TrainingOptions, labels: torch.Tensor | None, classes
                 "at least 0 each."
             )
         return weights
-    if labels is None or classes is None:
-        raise ValueError("class_weights='balanced' needs labels that are known without loading each image.")
-    counts = labels.bincount(minlength=classes)
-    return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts), 0.0).float()
+    if counts is None:
+        raise ValueError(
+            "class_weights='balanced' needs labels that are known without loading each image: give a folder, a dataset "
+            "with targets or tensors, or the weights themselves, class_weights=[1.0, 0.5, ...]."
+        )
+    return torch.where(counts > 0, counts.sum() / ((counts > 0).sum() * counts), 0.0).float()

@@ -141,7 +141,9 @@ def _refuse_in_processes(distillation: Distillation, val: Iterable[Any], *, shar
 
 
 def _weigh_classes(distillation: Distillation, options: TrainingOptions, dataset: Any, device: torch.device) -> None:
-    weights = class_weights(options, known_labels(dataset), distillation.classes)
+    classes, is_balanced = distillation.classes, isinstance(options.class_weights, str)
+    counts = distillation.task.class_counts(dataset, classes) if is_balanced and classes else None
+    weights = class_weights(options, counts, classes)
     distillation.method.class_weights = None if weights is None else weights.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Every architecture of timm, torchvision and transformers, each in the smallest form that it has."""
+"""Every architecture of timm, torchvision and transformers, each in the smallest form that it has; segmenters too."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +13,18 @@ import timm
 import torch
 import torchvision.models
 from torch import nn
-from transformers import AutoBackbone, AutoConfig, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_BACKBONE_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
 )
 
 from hetkd import load_model
@@ -33,6 +41,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "timm_wrapper": {"architecture": "resnet18"},
 }
 
+SEGMENTERS: dict[str, dict[str, Any]] = {
+    "beit": {"out_indices": [1, 2, 3, 4]},
+    "data2vec-vision": {"out_indices": [1, 2, 3, 4]},
+    "dpt": {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 16, 16], "fusion_hidden_size": 16},
+}
+"""Fields of segmenters that a small configuration needs beside."""
+
+SMP_DECODERS = (
+    *("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet"),
+    *("Segformer", "DPT"),
+)
+
 SMALL_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 LARGE = ("base", "large", "huge", "giant", "gigantic", "enormous", "so400m", "_xl", "_l", "_b_", "_m_", "384", "448")
@@ -48,10 +68,9 @@ class Candidate:
     build: Callable[[], nn.Module]
 
 
-def candidates(pattern: str) -> Iterator[Candidate]:
-    """Yield the architectures of the three libraries whose ``LIBRARY:NAME`` the pattern matches."""
-    sources = {"timm": timm_candidates, "torchvision": torchvision_candidates, "hf": hugging_face_candidates}
-    for library, source in sources.items():
+def candidates(pattern: str, task: str = "classification") -> Iterator[Candidate]:
+    """Yield the architectures of the libraries, for a task, whose ``LIBRARY:NAME`` the pattern matches."""
+    for library, source in SOURCES[task].items():
         if fnmatchcase(library, pattern.partition(":")[0]):
             yield from (c for c in source() if fnmatchcase(f"{library}:{c.name}", pattern))
 
@@ -111,9 +130,11 @@ def hugging_face_candidates() -> Iterator[Candidate]:
         yield Candidate("hf", "backbone", f"{name} backbone", partial(hugging_face_model, name, AutoBackbone))
 
 
-def hugging_face_model(model_type: str, auto_class: Any) -> nn.Module:
-    """Build a model of a small configuration of its type."""
+def hugging_face_model(model_type: str, auto_class: Any, **fields: Any) -> nn.Module:
+    """Build a model of a small configuration of its type, with some fields of its own."""
     config = small_config(model_type)
+    for name, value in fields.items():
+        setattr(config, name, value)
     config.architectures = []  # transformers 5 iterates over it
     config.num_labels = CLASSES
     return auto_class.from_config(config)
@@ -136,3 +157,58 @@ def smaller_fields(config: Any) -> dict[str, Any]:
     if isinstance(getattr(config, "hidden_sizes", None), tuple):  # ConvNeXt's backbone adds them to a list
         fields["hidden_sizes"] = list(config.hidden_sizes)
     return fields
+
+
+def timm_segmenters() -> Iterator[Candidate]:
+    """Yield the smallest variant of each class of timm, with hetkd's small decoder."""
+    for candidate in timm_candidates():
+        build = partial(
+            load_model, f"timm:{candidate.name}", pretrained=False, task="segmentation", num_classes=CLASSES
+        )
+        yield Candidate("timm", candidate.architecture, candidate.name, build)
+
+
+def torchvision_segmenters() -> Iterator[Candidate]:
+    """Yield every segmentation model of torchvision."""
+    for name in torchvision.models.list_models(module=torchvision.models.segmentation):
+        options = {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
+        yield Candidate("torchvision", name, name, partial(torchvision.models.get_model, name, **options))
+
+
+def hugging_face_segmenters() -> Iterator[Candidate]:
+    """Yield every type in transformers' mappings of semantic and of universal segmenters."""
+    kinds = {
+        "semantic": (MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, AutoModelForSemanticSegmentation),
+        "universal": (MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES, AutoModelForUniversalSegmentation),
+    }
+    for kind, (names, auto_class) in kinds.items():
+        for name in names:
+            build = partial(hugging_face_model, name, auto_class, **SEGMENTERS.get(name, {}))
+            yield Candidate("hf", f"{kind} segmenter", name, build)
+
+
+def smp_segmenters() -> Iterator[Candidate]:
+    """Yield every decoder of segmentation_models_pytorch on a ResNet18, and one on an encoder of timm's."""
+    import segmentation_models_pytorch as smp
+
+    for name in SMP_DECODERS:
+        encoder = "tu-vit_tiny_patch16_224.augreg_in21k" if name == "DPT" else "resnet18"
+        options = {"encoder_name": encoder, "encoder_weights": None, "classes": CLASSES}
+        yield Candidate("smp", name, name, partial(getattr(smp, name), **options))
+    options = {"encoder_name": "tu-mobilenetv3_small_050", "encoder_weights": None, "classes": CLASSES}
+    yield Candidate("smp", "Unet", "Unet on timm", partial(smp.Unet, **options))
+
+
+SOURCES: dict[str, dict[str, Callable[[], Iterator[Candidate]]]] = {
+    "classification": {
+        "timm": timm_candidates,
+        "torchvision": torchvision_candidates,
+        "hf": hugging_face_candidates,
+    },
+    "segmentation": {
+        "timm": timm_segmenters,
+        "torchvision": torchvision_segmenters,
+        "hf": hugging_face_segmenters,
+        "smp": smp_segmenters,
+    },
+}

@@ -3,6 +3,7 @@
     python recipes/research/coverage.py                                     # all of them
     python recipes/research/coverage.py --only "timm:*vit*" --page /tmp/part.md
     python recipes/research/coverage.py --rows runs/coverage.jsonl          # goes on where it was stopped
+    python recipes/research/coverage.py --task segmentation                 # writes coverage-segmentation.md there
 
 Each architecture is built without pretrained weights: of timm the smallest variant of each class,
 of torchvision every model, of Hugging Face every type, from a small configuration. It takes one step as teacher and one
@@ -23,16 +24,12 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from architectures import (
-    CLASSES,
-    Candidate,
-    candidates,
-)
+from architectures import CLASSES, SOURCES, Candidate, candidates
 from rich.console import Console
 from torch import Tensor, nn
 
-from hetkd import SFKD, UHKD, Distiller, DistillerOutput
-from hetkd.features.hooks import output_logits
+from hetkd import SFKD, UHKD, Distiller, DistillerOutput, load_model
+from hetkd.features.hooks import is_segmenter, output_logits
 from hetkd.features.pairing import choose_stages
 from hetkd.models.inputs import input_spec
 from hetkd.models.wrappers import tapped_module
@@ -41,12 +38,21 @@ SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 
 METHODS = {"sfkd": SFKD, "uhkd": UHKD}
 
-PAGE = Path(__file__).parents[2] / "docs" / "research" / "coverage.md"
+PAGES = Path(__file__).parents[2] / "docs" / "research"
+FILES = {"classification": "coverage.md", "segmentation": "coverage-segmentation.md"}
+TITLES = {"classification": "Which models work", "segmentation": "Which segmenters work"}
+MORE = {"classification": "", "segmentation": ", and every decoder of segmentation_models_pytorch on a ResNet18"}
+PACKAGES = {
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "hf": "transformers",
+    "smp": "segmentation_models_pytorch",
+}
 
 TRIED = (
     "It tries the smallest variant of each class of timm, every model of torchvision, and every type of Hugging Face "
-    "in a small configuration. A model works if all terms are finite and not zero, its logits are bit for bit those of "
-    "a plain call, and its first layer gets a gradient."
+    "in a small configuration{more}. A model works if all terms are finite and not zero, its logits are bit "
+    "for bit those of a plain call, and its first layer gets a gradient."
 )
 MISSING = "**What is missing.** Other variants, pretrained weights, and training beyond one step."
 
@@ -75,7 +81,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     known = read_rows(arguments.rows)
-    for candidate in candidates(arguments.only):
+    for candidate in candidates(arguments.only, arguments.task):
         row = known.get((candidate.library, candidate.name)) or check(candidate)
         rows.append(row)
         report(row)
@@ -86,9 +92,10 @@ def main() -> None:
     minutes, memory = sum(row.seconds for row in rows) / 60, max((row.memory for row in rows), default=0.0)
     summary = f"{len(rows)} architectures in {minutes:.0f} minutes on {torch.get_num_threads()} threads, "
     summary += f"at most {memory:.1f} GB of memory."
-    arguments.page.parent.mkdir(parents=True, exist_ok=True)
-    arguments.page.write_text(page(rows, summary), encoding="utf-8")
-    console.print(f"{summary} Written to {arguments.page}.")
+    file = arguments.page or PAGES / FILES[arguments.task]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page(rows, summary, arguments.task), encoding="utf-8")
+    console.print(f"{summary} Written to {file}.")
 
 
 def read_rows(path: Path | None) -> dict[tuple[str, str], Row]:
@@ -149,7 +156,7 @@ def settle_statistics(model: nn.Module, size: tuple[int, int]) -> None:
 
 def distil(role: str, model: nn.Module, method: str, size: tuple[int, int]) -> Distiller:
     """Make a distiller of the model in its role and a small partner; without logits where the model has none."""
-    partner = small_partner()
+    partner = small_segmenter() if is_segmenter(model) else small_partner()
     teacher, student = (model, partner) if role == "teacher" else (partner, model)
     try:
         return Distiller(teacher, student, METHODS[method](), input_size={role: size})
@@ -165,6 +172,11 @@ def small_partner() -> nn.Module:
     return timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=CLASSES
     )
+
+
+def small_segmenter() -> nn.Module:
+    """Build a small CNN of four stages with a decoder."""
+    return load_model("timm:test_resnet", pretrained=False, task="segmentation", num_classes=CLASSES)
 
 
 def check_teacher(row: Row, model: nn.Module, method: str) -> list[str]:
@@ -213,11 +225,13 @@ def bad_terms(output: DistillerOutput) -> list[str]:
 
 
 def batch(distiller: Distiller, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Make four smooth random images of different brightness, with labels if the student has classes."""
+    """Make four smooth random images of different brightness, with labels or masks if the student has classes."""
     brightness = torch.tensor([0.25, 0.5, 0.75, 1.0])[:, None, None, None]
     coarse = brightness * torch.rand(4, distiller.student_inputs.spec.channels, 4, 4)
     images = F.interpolate(coarse, size=size, mode="bilinear")
-    return images, None if distiller.classes is None else torch.arange(4)
+    masks = torch.randint(CLASSES, (4, *size))
+    labels = masks if distiller.task.is_dense else torch.arange(4)
+    return images, None if distiller.classes is None else labels
 
 
 def report(row: Row) -> None:
@@ -228,16 +242,20 @@ def report(row: Row) -> None:
         console.print(f"    {problem}", style="red")
 
 
-def page(rows: list[Row], summary: str) -> str:
+def page(rows: list[Row], summary: str, task: str) -> str:
     """Write the tables as Markdown: by family, refusals, all."""
-    libraries = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}
-    versions = ", ".join(f"{name} {version(name)}" for name in ("hetkd", "torch", *libraries.values()))
+    libraries = list(SOURCES[task])
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("hetkd", "torch", *(PACKAGES[library] for library in libraries))
+    )
     refused = [row for row in rows if row.problems]
     works = f"{len(rows) - len(refused)} of {len(rows)} architectures work as teacher and as student, under `sfkd` and "
-    made = f"**How it was made.** `python recipes/research/coverage.py` with {versions}. {summary} {TRIED}"
+    tried = TRIED.format(more=MORE[task])
+    command = f"python recipes/research/coverage.py --task {task}"
+    made = f"**How it was made.** `{command}` with {versions}. {summary} {tried}"
     families = sorted({row.family for row in rows if not row.problems}, key=str.lower)
     kinds = {family: [row for row in rows if row.family == family and not row.problems] for family in families}
-    lines = ["# Which models work", "", _filled(f"{works}`uhkd`. By family, as their adapter names it:"), ""]
+    lines = [f"# {TITLES[task]}", "", _filled(f"{works}`uhkd`. By family, as their adapter names it:"), ""]
     lines += [f"| family | {' | '.join(libraries)} |", f"|---|{'--:|' * len(libraries)}"]
     for name, of_kind in {**kinds, "refused": refused, "all": rows}.items():
         counts = (str(sum(row.library == library for row in of_kind)) for library in libraries)
@@ -267,7 +285,8 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", metavar="PATTERN", help='such as "timm:*vit*"')
-    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
+    parser.add_argument("--task", choices=list(SOURCES), default="classification")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="default: in docs/research")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep what is done here, and do not do it again")
     return parser.parse_args()
 

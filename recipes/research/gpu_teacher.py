@@ -33,12 +33,13 @@ RECORDED_AT_ONCE = 1_000
 
 @dataclass
 class Session:
-    """The device, the time that is left, and the file of lines."""
+    """The device, the time that is left, and the file of lines, ``OUTPUT/NAME.jsonl``."""
 
     device: torch.device
     seconds: float
     output: Path
     facts: Row
+    name: str = "gpu"
     start: float = field(default_factory=time.perf_counter)
     failed: int = 0
 
@@ -53,7 +54,7 @@ class Session:
 
     def write(self, step: str, **facts: Any) -> None:
         """Add a line to the file at once."""
-        with (self.output / "gpu.jsonl").open("a", encoding="utf-8") as file:
+        with (self.output / f"{self.name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **facts, **self.facts, "elapsed": self.seconds - self.left}) + "\n")
 
     def attempt(self, what: str, function: Callable[[], Any]) -> bool:

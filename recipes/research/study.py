@@ -220,17 +220,17 @@ def make_distiller(job: Job, teacher_name: str, student: nn.Module, size: int) -
     return Distiller(teacher, student, names if len(names) > 1 else job.method, input_size=sizes, **job.options)
 
 
-def make_optimizer(distiller: Distiller, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+def make_optimizer(distiller: Distiller, steps: int, lr: float = PROTOCOL["lr"]) -> tuple[torch.optim.Optimizer, Any]:
     """Make AdamW and its schedule, a step at a time: cosine up for the warm-up, then cosine down."""
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1]},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=PROTOCOL["lr"], weight_decay=PROTOCOL["weight_decay"], fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=PROTOCOL["weight_decay"], fused=True)
     share = PROTOCOL["warmup_epochs"] / PROTOCOL["epochs"]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PROTOCOL["lr"], total_steps=steps + 1, pct_start=share, div_factor=100, cycle_momentum=False
+        optimizer, lr, total_steps=steps + 1, pct_start=share, div_factor=100, cycle_momentum=False
     )
     return optimizer, schedule
 

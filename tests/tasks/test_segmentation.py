@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from hetkd import CWD, KD, Segmentation
+from hetkd.data.images import TensorImages
 from hetkd.features import Features
 from hetkd.tasks import Classification, make_task
-from hetkd.tasks.segmentation import resized
+from hetkd.tasks.segmentation import in_strips, resized
 
 CPU = torch.device("cpu")
 
@@ -145,3 +146,19 @@ def test_bad_tasks():
 def test_options_without_meaning_are_refused(option):
     with pytest.raises(ValueError, match=f"{option}=.* is not for segmentation"):
         Segmentation().refuse_options({option: 0.5})
+
+
+def test_large_masks_are_measured_strip_by_strip_alike(monkeypatch):
+    task, logits, mask = Segmentation(), maps(2, 3, 4, 5).float(), masks(2, 37, 23)
+    whole = task.statistics(logits, mask)
+    monkeypatch.setattr("hetkd.tasks.segmentation._MOST_AT_ONCE", 3 * 23 * 5)
+    assert [len(strip[0]) for _, strip in in_strips(logits[:1], mask[:1])] == [5] * 7 + [2]
+    strips = task.statistics(logits, mask)
+    assert torch.equal(strips[0], whole[0])
+    torch.testing.assert_close(strips[1], whole[1])
+
+
+def test_classes_are_counted_in_pixels():
+    mask = torch.tensor([[[0, 0, 1], [255, 2, 0]]])
+    data = TensorImages(torch.rand(1, 3, 2, 3), mask)
+    assert Segmentation().class_counts(data, 4).tolist() == [3, 1, 1, 0]

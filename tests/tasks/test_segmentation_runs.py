@@ -2,16 +2,20 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+import transformers
 from conftest import tiny_cnn
 from PIL import Image
 from segmenters import CLASSES, UNet, lraspp, segformer, small, stripes
 
 import hetkd
 from hetkd import Distiller, Segmentation, export, list_methods, load_model, load_student
+from hetkd.features.hooks import logits_of_queries
 
 MODELS = {"segformer": segformer, "lraspp": lraspp, "unet": UNet}
 QUIET = {"progress": False, "cpu": True, "batch_size": 8}
@@ -47,6 +51,45 @@ def test_every_method_takes_a_step(method):
 def test_methods_for_images_alone_are_refused(method):
     with pytest.raises(ValueError, match="is for classification, not for segmentation"):
         make(method)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_deeplab_teaches_and_learns(role):
+    def deeplab():
+        return torchvision.models.segmentation.deeplabv3_resnet50(
+            weights=None, weights_backbone=None, num_classes=CLASSES
+        )
+
+    distiller = make(**{role: deeplab})
+    assert [stage.name for stage in distiller.taps[role].stages][-4:] == [f"backbone.layer{n}" for n in (1, 2, 3, 4)]
+    distiller(*stripes(2)).loss.backward()
+
+
+def test_a_segmenter_of_queries_yields_logits_of_pixels():
+    encoder = transformers.SwinConfig(
+        image_size=64, depths=[1] * 4, num_heads=[1] * 4, embed_dim=8, window_size=2, out_indices=[1, 2, 3, 4]
+    )
+    sizes = {
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_queries": 5,
+        "num_attention_heads": 2,
+        "num_labels": CLASSES,
+    }
+    sizes |= dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size", "dim_feedforward"), 32)
+    config = transformers.Mask2FormerConfig(backbone_config=encoder, encoder_feedforward_dim=32, **sizes)
+    output = make(teacher=lambda: transformers.Mask2FormerForUniversalSegmentation(config))(*stripes(2))
+    assert output.teacher_logits.shape == (2, CLASSES, 16, 16)
+    output.loss.backward()
+
+
+def test_queries_name_the_class_that_their_library_names():
+    outputs = SimpleNamespace(
+        class_queries_logits=torch.randn(2, 5, CLASSES + 1), masks_queries_logits=torch.randn(2, 5, 384, 384)
+    )
+    found = logits_of_queries(outputs.class_queries_logits, outputs.masks_queries_logits).argmax(1)
+    expected = transformers.Mask2FormerImageProcessor().post_process_semantic_segmentation(outputs)
+    assert torch.equal(found, torch.stack(expected))
 
 
 def test_stages_are_those_of_the_encoder():
@@ -160,14 +203,33 @@ def test_the_class_of_a_mask_is_out_of_range(folder):
 def test_tasks_that_do_not_fit():
     with pytest.raises(ValueError, match=r"yields logits for each pixel, the student for the whole image"):
         Distiller(segformer(), tiny_cnn(), "kd", input_size=64)
-    with pytest.raises(ValueError, match="the student has no classifier"):
+    with pytest.raises(ValueError, match=r"no classifier that yields logits \[B, classes\], as task='classification'"):
         Distiller(tiny_cnn(), small(), "kd", input_size=64, task="classification")
+    with pytest.raises(ValueError, match="'mobilenet_v3_small' classifies images: for segmentation use one of deeplab"):
+        Distiller(segformer(), "torchvision:mobilenet_v3_small", "kd", input_size=64)
     with pytest.raises(ValueError, match="did you mean 'segmentation'"):
         Distiller(None, small(), "ce", task="segmentatoin")
     with pytest.raises(ValueError, match="num_classes=11"):
         load_model("timm:test_resnet", pretrained=False, task="segmentation")
     with pytest.raises(ValueError, match=r"mixup=0.2 is not for segmentation"):
         make("kd").fit(stripes(8), epochs=1, mixup=0.2, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y.softmax(1), "the student yields probabilities, which sum to 1, but losses take logits"),
+        (lambda y: (y, y), "must return the logits .* of its last convolution, before any softmax and in no tuple"),
+    ],
+)
+def test_segmenters_that_yield_no_logits(change, message):
+    class Changed(UNet):
+        def forward(self, x):
+            return change(super().forward(x))
+
+    for task in (None, "segmentation"):
+        with pytest.raises(ValueError, match=message):
+            Distiller(segformer(), Changed(), "kd", input_size=64, task=task)
 
 
 def test_features_alone_from_a_classifier():
