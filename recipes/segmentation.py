@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd import Distiller, Segmentation, list_methods, load_model
-from hetkd.data.masks import names_in
+from hetkd.data.mask_folders import names_in
 from hetkd.data.sets import hub_splits
 
 Size = tuple[int, int]
@@ -120,11 +120,17 @@ def get_teacher(
         return load_model(arguments.teacher)
     done = output / "best.safetensors"
     if done.is_file():
-        return load_model(str(done))
+        teacher = load_model(str(done))
+        if teacher.num_classes != classes:
+            raise SystemExit(f"{done} is a teacher of {teacher.num_classes} classes, not {classes}: say --output.")
+        print(f"the teacher is {done}, trained before")
+        return teacher
     teacher = load_model(arguments.teacher, task="segmentation", num_classes=classes, pretrained=False)
     if arguments.teacher_weights:
         encoder = load_model(arguments.teacher, pretrained=False, weights=arguments.teacher_weights)
-        teacher.encoder.load_state_dict(encoder.state_dict(), strict=False)
+        missing = teacher.encoder.load_state_dict(encoder.state_dict(), strict=False).missing_keys
+        if missing:  # what is in the file alone was pruned
+            raise SystemExit(f"{arguments.teacher_weights} lacks {', '.join(missing[:3])} of {arguments.teacher}.")
     if not (arguments.train_encoder or arguments.dry_run):
         teacher.encoder.requires_grad_(False)
     alone = Distiller(None, teacher, "ce", input_size=arguments.teacher_size, task=task)

@@ -1,4 +1,4 @@
-"""Images with masks: folders of pairs, datasets of (image, mask), tensors, loaders; joint crops of both."""
+"""Images with masks: datasets of (image, mask), tensors, loaders; what masks are read from; joint crops of both."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -8,99 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from hetkd.data.folders import EXTENSIONS, picture_files
 from hetkd.data.images import TensorImages, TransformedImages, is_loader, open_data
-from hetkd.data.pictures import name_of, open_picture, raise_for_content
+from hetkd.data.mask_folders import MaskFolder
+from hetkd.data.pictures import name_of, raise_for_content
 from hetkd.data.samples import MASK_KEYS, Keys, as_picture
 from hetkd.data.seeding import sample_seed, seeded
 from hetkd.data.transforms import picture_tensor, resize_transform
 from hetkd.models.inputs import InputSpec
 
-_IMAGES, _MASKS = ("images", "image", "img"), ("masks", "labels", "annotations", "mask", "annotation")
 _JITTER, _NARROWEST = 0.3, 0.75
 Colors = Sequence[tuple[int, ...]]
-
-
-class MaskFolder(Dataset[Any]):
-    """Images and their masks: ``images/`` and ``masks/`` with the same names, or both beside each other.
-
-    Beside each other, a mask is the PNG of an image of another kind (``a.jpg`` and ``a.png``). A file ``classes.txt``
-    there, or in the folder above, has the name of a class a line.
-
-    Args:
-        path: The folder.
-        what: Name of the argument, for errors.
-
-    Attributes:
-        paths: Of the images.
-        masks: Their masks.
-        classes: Names of the classes, or ``None``.
-        notes: What a person should know of it.
-
-    Raises:
-        FileNotFoundError: If it does not exist.
-        ValueError: If there are no pairs, or images without a mask.
-    """
-
-    def __init__(self, path: Path, what: str) -> None:
-        path = path.expanduser()
-        if not path.is_dir():
-            raise FileNotFoundError(f"{what}={str(path)!r} is no folder.")
-        images, masks = _separate(path) or _together(path, what)
-        self.paths = [image for stem, image in sorted(images.items()) if stem in masks]
-        self.masks = [masks[stem] for stem in sorted(images) if stem in masks]
-        missing = [str(image) for stem, image in sorted(images.items()) if stem not in masks]
-        if not self.paths:
-            raise ValueError(
-                f"{what}={str(path)!r} must hold images/ and masks/ with the same names, or images with PNG masks of "
-                "the same names."
-            )
-        if missing:
-            raise ValueError(f"{what} has {len(missing)} images without a mask: {', '.join(missing[:3])}.")
-        alone = [str(mask) for stem, mask in sorted(masks.items()) if stem not in images]
-        self.notes = [f"{what}: {len(alone)} masks have no image: {', '.join(alone[:3])}"] if alone else []
-        self.classes = _names(path)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Any:
-        return open_picture(self.paths[index]), open_picture(self.masks[index])
-
-
-def _separate(path: Path) -> tuple[dict[str, Path], dict[str, Path]] | None:
-    folders = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
-    images, masks = (next((folders[n] for n in names if n in folders), None) for names in (_IMAGES, _MASKS))
-    if images is None or masks is None:
-        return None
-    listed = [{_stem(file, folder): file for file in picture_files(folder)} for folder in (images, masks)]
-    return listed[0], listed[1]
-
-
-def _stem(file: Path, folder: Path) -> str:
-    return str(file.relative_to(folder).with_suffix(""))
-
-
-def _together(path: Path, what: str) -> tuple[dict[str, Path], dict[str, Path]]:
-    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in EXTENSIONS]
-    images = {file.stem: file for file in files if file.suffix.lower() != ".png"}
-    if not images and any(entry.is_dir() for entry in path.iterdir()):
-        raise ValueError(
-            f"{what}={str(path)!r} holds folders, but neither images/ nor masks/: segmentation needs a mask an image."
-        )
-    return images, {file.stem: file for file in files if file.suffix.lower() == ".png"}
-
-
-def names_in(file: Path) -> list[str]:
-    """Return the names of classes in a text file, one a line; empty lines do not count."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _names(path: Path) -> list[str] | None:
-    found = next((file for file in (path / "classes.txt", path.parent / "classes.txt") if file.is_file()), None)
-    return None if found is None else names_in(found)
 
 
 class MaskedImages(TransformedImages):
@@ -235,6 +153,7 @@ def make_mask_dataset(
     min_crop: float = 0.25,
     ignore_index: int = 255,
     colors: Colors | None = None,
+    reduce_labels: bool = False,
 ) -> Any:
     """Make a dataset of images with masks.
 
@@ -251,16 +170,22 @@ def make_mask_dataset(
         min_crop: See there.
         ignore_index: The value of pixels without a class.
         colors: See `hetkd.tasks.Segmentation`.
+        reduce_labels: See there.
     """
     data = open_data(MaskFolder(Path(data), what) if isinstance(data, (str, Path)) else data, what)
     if isinstance(data, TensorImages) and data.labels is not None and data.labels.ndim != 3:
         raise ValueError(f"{what} needs masks [N, H, W] beside its images: {what}=(images, masks).")
     if is_loader(data) or isinstance(data, TensorImages):
+        if reduce_labels:
+            raise ValueError(
+                f"reduce_labels=True is for folders and datasets, but {what} is {type(data).__name__}, whose masks are "
+                "taken as they are: count classes from 0 there."
+            )
         return data
     return MaskedImages(
         data,
         TrainingCrop(spec, size, min_crop) if train else WholeImage(spec, size),
-        partial(read_mask, colors=colors, ignore_index=ignore_index),
+        partial(read_mask, colors=colors, ignore_index=ignore_index, reduce_labels=reduce_labels),
         spec,
         seed if train else None,
         skip_unreadable=skip_unreadable,
@@ -268,13 +193,14 @@ def make_mask_dataset(
     )
 
 
-def read_mask(mask: Any, colors: Colors | None, ignore_index: int) -> Tensor:
+def read_mask(mask: Any, colors: Colors | None, ignore_index: int, reduce_labels: bool = False) -> Tensor:
     """Turn a mask into classes ``[H, W]``, int64.
 
     Args:
         mask: A PIL image (8 or 16 bits, palette or colour), an array or a tensor.
         colors: RGB of each class, of masks in colour.
-        ignore_index: For other colours.
+        ignore_index: For other colours, and for 0 where labels are reduced.
+        reduce_labels: Whether the first class is 1.
 
     Raises:
         ValueError: If it is in colour and there is no table, or of another shape.
@@ -292,7 +218,10 @@ def read_mask(mask: Any, colors: Colors | None, ignore_index: int) -> Tensor:
     pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
     if pixels.ndim != 2 or pixels.is_floating_point():
         raise ValueError(f"has shape {list(pixels.shape)} and type {pixels.dtype}: it must be whole numbers [H, W].")
-    return pixels.long()
+    classes = pixels.long()
+    if not reduce_labels:
+        return classes
+    return torch.where((classes == 0) | (classes == ignore_index), ignore_index, classes - 1)
 
 
 def _classes_of_colors(pixels: Tensor, colors: Colors, ignore_index: int) -> Tensor:

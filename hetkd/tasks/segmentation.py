@@ -29,6 +29,7 @@ class Segmentation(Task):
         ignore_index: The value of pixels without a class; they count nowhere.
         colors: Of masks in colour, RGB of each class in order: ``[(128, 0, 0), (0, 128, 0), ...]``; other colours have
             no class.
+        reduce_labels: Masks of folders and datasets count classes from 1, and 0 is no class, as ADE20K's are.
 
     Raises:
         ValueError: If a value is out of range.
@@ -50,12 +51,20 @@ class Segmentation(Task):
         "report": "the report is for classifiers",
     }
 
-    def __init__(self, *, ignore_index: int = 255, colors: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        ignore_index: int = 255,
+        colors: Sequence[Sequence[int]] | None = None,
+        reduce_labels: bool = False,
+    ) -> None:
         if not (isinstance(ignore_index, int) and -1000 <= ignore_index <= 65535):
             raise ValueError(f"ignore_index={ignore_index!r} must be a whole number, as 255.")
         if colors is not None and not all(len(color) == 3 for color in colors):
             raise ValueError(f"colors={list(colors)[:2]}... must have three numbers for each class: (128, 0, 0).")
-        self.ignore_index = ignore_index
+        if colors is not None and reduce_labels:
+            raise ValueError("reduce_labels=True has no use beside colors: leave out the colour of no class.")
+        self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
         self.colors = None if colors is None else [tuple(int(value) for value in color) for color in colors]
 
     def check_labels(self, labels: Any, images: Tensor, classes: int | None, look_at_values: bool) -> None:
@@ -187,7 +196,9 @@ class Segmentation(Task):
 
     def make_dataset(self, data: Any, **options: Any) -> Any:
         """See `hetkd.data.masks.make_mask_dataset`."""
-        return make_mask_dataset(data, ignore_index=self.ignore_index, colors=self.colors, **options)
+        return make_mask_dataset(
+            data, ignore_index=self.ignore_index, colors=self.colors, reduce_labels=self.reduce_labels, **options
+        )
 
     def compact(self, logits: Tensor) -> Tensor:
         """Return logits with at most 128 pixels a side: a library may have enlarged them to the image's size."""

@@ -85,13 +85,17 @@ def test_a_view_is_a_shift_reflected_at_the_border_and_a_flip():
         assert any(torch.equal(view, cut) or torch.equal(view, cut.flip(2)) for cut in cuts)
 
 
-def test_files_are_dealt_out_evenly_and_code_comes_first(tmp_path):
-    for name, size in {"wheels/a.whl": 50, "recipes/gpu.py": 10, **{f"cifar100/{n}": 20 + n for n in range(9)}}.items():
+def test_files_are_dealt_out_to_parts_with_room_and_code_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pack, "MOST_IN_A_PART", 100)
+    data = {f"{folder}/{n}": 20 + n for folder in ("camvid", "dinov2_vits14") for n in range(5)}
+    for name, size in {"wheels/a.whl": 50, "recipes/gpu.py": 10, **data}.items():
         path = tmp_path / "all" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(size))
-    sizes = gpu_pack.deal(tmp_path / "all", tmp_path / "out", 3)
-    assert sum(sizes) == 60 + sum(range(20, 29))
-    assert max(sizes) - min(sizes) < 30
-    assert {"wheels", "recipes"} <= {path.name for path in (tmp_path / "out" / "part1").iterdir()}
-    assert {path.name for path in (tmp_path / "out" / "part2").iterdir()} == {"cifar100"}
+    sizes = gpu_pack.deal(tmp_path / "all", tmp_path / "out", ["camvid", "dinov2_vits14"])
+    assert sum(sizes) == 60 + 2 * sum(range(20, 25))
+    assert max(sizes) <= 100
+    parts = [{path.name for path in part.iterdir()} for part in sorted((tmp_path / "out").iterdir())]
+    assert {"wheels", "recipes"} <= parts[0]
+    assert "dinov2_vits14" not in parts[0]
+    assert "camvid" not in parts[-1]

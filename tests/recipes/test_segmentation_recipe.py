@@ -29,7 +29,9 @@ def test_a_folder_and_a_teacher_that_was_trained_before(tmp_path, capsys):
     assert "iou/grey" in segmentation.main([*options, "--method", "ce"])
     assert "training the teacher" in capsys.readouterr().out
     segmentation.main([*options, "--method", "cwd", "--output", str(tmp_path / "runs")])
-    assert "training the teacher" not in capsys.readouterr().out
+    assert "best.safetensors, trained before" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is a teacher of 3 classes, not 4: say --output"):
+        segmentation.main([*options, "--classes", "4"])
 
 
 def test_bad_arguments(tmp_path, capsys):

@@ -5,7 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hetkd.data.masks import MaskFolder, TrainingCrop, make_mask_dataset, read_mask
+from hetkd import Segmentation
+from hetkd.data.mask_folders import MaskFolder
+from hetkd.data.masks import TrainingCrop, make_mask_dataset, read_mask
+from hetkd.data.samples import images_and_labels
 from hetkd.models.inputs import IMAGENET_MEAN, IMAGENET_STD, InputSpec
 
 SPEC = InputSpec(3, (32, 32), IMAGENET_MEAN, IMAGENET_STD)
@@ -109,6 +112,32 @@ def test_folders_without_pairs(tmp_path):
         MaskFolder(tmp_path / "none", "train")
     with pytest.raises(ValueError, match=r"needs masks \[N, H, W\]"):
         make_mask_dataset((torch.rand(2, 3, 8, 8), torch.zeros(2)), what="train", spec=SPEC, size=(8, 8), train=True)
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    for folder, suffix in (("images", "jpg"), ("images", "png"), ("masks", "png")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / folder / f"a.{suffix}")
+    with pytest.raises(ValueError, match=r"a.jpg and .*a.png have one name"):
+        MaskFolder(tmp_path, "train")
+
+
+def test_labels_that_count_from_one_are_reduced():
+    mask = np.array([[0, 1, 150], [255, 2, 0]], np.uint8)
+    assert read_mask(mask, None, 255, reduce_labels=True).tolist() == [[255, 0, 149], [255, 1, 255]]
+    data = torch.rand(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="reduce_labels=True is for folders and datasets, but train is TensorImages"):
+        Segmentation(reduce_labels=True).make_dataset(data, what="train", spec=SPEC, size=(8, 8), train=True)
+    with pytest.raises(ValueError, match="has no use beside colors"):
+        Segmentation(reduce_labels=True, colors=[(0, 0, 0)])
+
+
+def test_loaders_of_dicts_with_masks():
+    images, masks = torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)
+    for key in ("mask", "labels", "annotation"):
+        found = images_and_labels({"image": images, key: masks})
+        assert found[0] is images
+        assert found[1] is masks
 
 
 def test_dicts_of_hugging_face():
