@@ -7,7 +7,7 @@
 A pair is TEACHER:STUDENT, each a short name of `hetkd.models.small` or one of timm's. A teacher that is not in
 `--teachers`, where `research/small_teacher.py` puts them, is trained first.
 Stopped and started again, it goes on where it was. In the output folder:
-`results.jsonl` (one line a run), `table.md`, `gains.png`, `runs/` (students and histories).
+`results.jsonl` (one line a run), `table.md`, `gains.png`, `report.html`, `runs/` (students and histories).
 """
 
 import argparse
@@ -28,8 +28,9 @@ from torch import nn
 from hetkd import Combined, Distiller, list_methods
 from hetkd.data import ImageData, load_images
 from hetkd.models import build_small, load_weights, save_model
+from hetkd.report.comparison import draw_gains, write_comparison, write_table
 from hetkd.training import TrainingDiverged, TrainingOptions
-from hetkd.training.records import PeakMemory, Row, draw_gains, read_rows, row_of, write_rows, write_table
+from hetkd.training.records import PeakMemory, Row, read_rows, row_of, write_rows
 
 ASSETS = Path(__file__).parent / "assets"
 FIT_OPTIONS = ("epochs", "batch_size", "optimizer", "lr", "warmup_epochs", "mixed_precision")
@@ -73,6 +74,11 @@ def main(words: list[str] | None = None) -> None:
         console.print(f"{name}  {method:<12} seed {seed}  top-1 {rows[-1]['top1']:.2f} %")
     console.print("\n" + write_table(rows, protocol, failures, folder / "table.md"))
     draw_gains(rows, folder / "gains.png")
+    try:
+        if rows:
+            console.print(f"report: {write_comparison(rows, protocol, failures, folder / 'report.html')}")
+    except ImportError:
+        console.print("No report: pip install 'hetkd[report]' for it.")
 
 
 @dataclass(frozen=True)

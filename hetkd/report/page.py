@@ -5,7 +5,6 @@ import io
 from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from hetkd.report.measure import (
     stage_maps,
     untrained,
 )
+from hetkd.report.template import render
 from hetkd.speed import Speed, speed_of
 from hetkd.training.evaluate import in_role
 from hetkd.utils.files import write_text
@@ -45,8 +45,6 @@ def write_report(
     most_images: int,
 ) -> Path:
     """Write a report; see `hetkd.Distiller.report`."""
-    from jinja2 import Environment
-
     images = report_images(distillation, val, keys, most_images)
     sides = _sides(distillation, baseline)
     of_models = {name: answers(side, images, keys, most_images) for name, side in sides.items()}
@@ -66,9 +64,8 @@ def write_report(
         "version": version("hetkd"),
         "date": date.today().isoformat(),
     }
-    template = files("hetkd.report").joinpath("page.html").read_text(encoding="utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, Environment(autoescape=True).from_string(template).render(page))
+    write_text(path, render("page.html", page))
     return path
 
 

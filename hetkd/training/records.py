@@ -1,4 +1,4 @@
-"""Records of runs, for comparisons: one JSON object a line, with settings and costs; tables and pictures of them."""
+"""Records of runs, for comparisons: one JSON object a line, with settings and costs."""
 
 import json
 import platform
@@ -19,7 +19,6 @@ from hetkd.training.run import FitResult
 from hetkd.utils.files import write_text
 
 Row = dict[str, Any]
-_GRAY, _BLUE = "#8a8f98", "#2f6fde"
 
 
 def row_of(distillation: Distillation, result: FitResult, memory: "PeakMemory", about: Mapping[str, Any]) -> Row:
@@ -97,119 +96,3 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def write_table(
-    rows: Sequence[Row], protocol: Mapping[str, Any], failures: Mapping[tuple[str, str], str], path: Path
-) -> str:
-    """Write `make_table` to a file, and returns it."""
-    table = make_table(rows, protocol, failures)
-    write_text(path, table)
-    return table
-
-
-def make_table(
-    rows: Sequence[Row], protocol: Mapping[str, Any], failures: Mapping[tuple[str, str], str] | None = None
-) -> str:
-    """Return a Markdown table a pair, one of the mean over pairs, and what failed (pair and method: why)."""
-    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.items() if value is not None)
-    parts = [
-        f"# Test top-1 by method\n\n{facts}. Spread: standard deviation over seeds. Gain: over `ce`, paired by seed.\n"
-    ]
-    pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    for pair in pairs:
-        of_pair = [row for row in rows if row["pair"] == pair]
-        parts.append(f"## {pair.replace(':', ' -> ')}\n\n{_table(of_pair)}\n")
-    if len(pairs) > 1:
-        parts.append(f"## Mean over {len(pairs)} pairs\n\n{_mean_table(rows, pairs)}\n")
-    if failures:
-        lines = [f"- {pair.replace(':', ' -> ')}, `{method}`: {why}" for (pair, method), why in failures.items()]
-        parts.append("## Failed\n\n" + "\n".join(lines) + "\n")
-    return "\n".join(parts)
-
-
-def _table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| method | seeds | top-1, % | spread | gain | added parameters | images/s | peak MB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of_method = [row for row in rows if row["method"] == method]
-        scores = [row["top1"] for row in of_method]
-        spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "-"
-        gains = paired_gains(rows, method)
-        gain = f"{statistics.mean(gains):+.2f}" if gains and method != "ce" else "-"
-        speed = statistics.median(row["images_per_second"] for row in of_method)
-        memory = max(row["peak_memory_mb"] for row in of_method)
-        lines.append(
-            f"| {method} | {len(scores)} | {statistics.mean(scores):.2f} | {spread} | {gain} "
-            f"| {of_method[0]['added_parameters']:,} | {speed:,.0f} | {memory:,.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def _mean_table(rows: Sequence[Row], pairs: Sequence[str]) -> str:
-    lines = ["| method | top-1, % | gain |", "|---|--:|--:|"]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of_pairs = [[row for row in rows if row["pair"] == pair] for pair in pairs]
-        scores = [[row["top1"] for row in of_pair if row["method"] == method] for of_pair in of_pairs]
-        if not all(scores):
-            continue
-        gains = [paired_gains(of_pair, method) for of_pair in of_pairs]
-        gain = f"{statistics.mean(map(statistics.mean, gains)):+.2f}" if all(gains) and method != "ce" else "-"
-        lines.append(f"| {method} | {statistics.mean(map(statistics.mean, scores)):.2f} | {gain} |")
-    return "\n".join(lines)
-
-
-def paired_gains(rows: Sequence[Row], method: str) -> list[float]:
-    """Return the gains of a method over `ce` on one pair, for each seed that has both."""
-    alone = {row["seed"]: row["top1"] for row in rows if row["method"] == "ce"}
-    return [row["top1"] - alone[row["seed"]] for row in rows if row["method"] == method and row["seed"] in alone]
-
-
-def draw_gains(rows: Sequence[Row], path: Path) -> None:
-    """Draw the gain over `ce` of each method: a dot a seed, a bar at their mean, a panel a pair."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("No picture: pip install 'hetkd[plots]' for it.")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    of_pairs = {pair: [row for row in rows if row["pair"] == pair] for pair in pairs}
-    methods = [
-        name
-        for name in dict.fromkeys(row["method"] for row in rows)
-        if any(paired_gains(r, name) for r in of_pairs.values()) and name != "ce"
-    ]
-    if not methods:
-        print("No picture: gains need the method ce and another one.")
-        return
-    figure, panels = pyplot.subplots(
-        1,
-        len(pairs),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        figsize=(2.2 + 3.6 * len(pairs), 1.6 + 0.3 * len(methods)),
-    )
-    for panel, (pair, of_pair) in zip(panels[0], of_pairs.items(), strict=True):
-        panel.axvline(0, color=_GRAY, linewidth=1)
-        for height, method in enumerate(reversed(methods)):
-            gains = paired_gains(of_pair, method)
-            panel.plot(gains, [height] * len(gains), "o", color=_BLUE, alpha=0.45, markersize=5)
-            if gains:
-                panel.plot([statistics.mean(gains)] * 2, [height - 0.3, height + 0.3], color=_BLUE, linewidth=2.5)
-        panel.set_yticks(range(len(methods)), list(reversed(methods)))
-        panel.set_title(pair.replace(":", " → "), fontsize=11)
-        panel.set_xlabel("gain over ce, points of top-1")
-        panel.grid(axis="x", color="#e4e6ea")
-        panel.set_axisbelow(True)
-        for side in ("top", "right", "left"):
-            panel.spines[side].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    print(f"picture: {path}")

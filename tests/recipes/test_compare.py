@@ -66,6 +66,7 @@ def test_compare_writes_rows_table_and_picture_and_refuses_another_protocol(tmp_
     assert f"| {sum(gains) / 2:+.2f} |" in table
     with Image.open(tmp_path / "gains.png") as picture:
         assert picture.size[0] > 300
+    assert "3 methods on" in (tmp_path / "report.html").read_text()
     before = (tmp_path / "results.jsonl").read_text()
     compare_tiny(monkeypatch, tmp_path)  # nothing is left to do
     assert (tmp_path / "results.jsonl").read_text() == before
