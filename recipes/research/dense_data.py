@@ -25,7 +25,7 @@ CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence
 IGNORED, SIZE = 11, (240, 320)
 TASK = Segmentation(ignore_index=IGNORED)
 EDGES = (2, 4, 8, 16)  # pixels to the next edge, at the most
-RECORDED_AT_ONCE, EVALUATED_AT_ONCE, TEACHER_BATCH = 32, 16, 8
+RECORDED_AT_ONCE, EVALUATED_AT_ONCE, TEACHER_BATCH = 32, 16, 16
 
 
 class Teacher(NamedTuple):
