@@ -39,6 +39,7 @@ from hetkd.methods import (
     register_method,
 )
 from hetkd.models import list_models, load_model
+from hetkd.models.int8 import simulate_int8
 from hetkd.speed import Speed
 from hetkd.student import PredictedMask, Prediction, Student, load_student
 from hetkd.tasks import Segmentation
@@ -90,4 +91,5 @@ __all__ = [
     "load_student",
     "register_adapter",
     "register_method",
+    "simulate_int8",
 ]

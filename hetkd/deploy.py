@@ -1,10 +1,9 @@
-"""Students for other runtimes: ONNX (float or int8) and torch.export, checked against PyTorch before a file is left."""
+"""Students for other runtimes, checked against PyTorch before a file is left."""
 
 import copy
-import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,19 +19,15 @@ from hetkd.data.images import TensorImages, TransformedImages, make_loader
 from hetkd.data.samples import images_and_labels
 from hetkd.data.survey import spread
 from hetkd.distillation import Distillation
-from hetkd.features.hooks import output_logits
-from hetkd.models.description import KEY, Description
-from hetkd.models.inputs import InputTransform
-from hetkd.models.wrappers import unwrap
+from hetkd.runtimes import Deployed, Runner, onnx_runner, pt2_runner, quantize, write_onnx, write_pt2
 from hetkd.speed import seconds
 from hetkd.student import Student, load_student
 from hetkd.utils.checks import whole_number
 
 SUFFIXES = (".onnx", ".pt2")
-_INPUT, _OUTPUT, _BATCH = "images", "probabilities", 32
+_BATCH = 32
 _TOLERANCE = 1e-3
 _LEAST_SAME = 90.0
-Runner = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -118,12 +113,12 @@ def export(
         draft = Path(folder) / path.name
         first = batches[0][0]
         with _in_words(distillation):
-            write = _write_onnx if path.suffix == ".onnx" else _write_pt2
+            write = write_onnx if path.suffix == ".onnx" else write_pt2
             write(deployed, first[:2] if len(first) > 1 else first.repeat(2, 1, 1, 1), draft, distillation)
         if int8:
             others = batches if calibration is None else _batches(distillation, calibration, most_images)
-            _quantize(draft, [x if calibration is None else deployed.inputs(x) for x, _ in others])
-        run = _onnx_runner(draft) if path.suffix == ".onnx" else _pt2_runner(draft)
+            quantize(draft, [x if calibration is None else deployed.inputs(x) for x, _ in others])
+        run = onnx_runner(draft) if path.suffix == ".onnx" else pt2_runner(draft)
         report = _compare(path, draft, deployed, run, batches)
         _judge(report, int8=int8)
         os.replace(draft, path)
@@ -144,32 +139,6 @@ def _judge(report: ExportReport, *, int8: bool) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-class Deployed(nn.Module):
-    """A student as a graph: images to probabilities.
-
-    Args:
-        distillation: Whose student it is.
-        preprocess: Take uint8 images of the student's size, and normalise them.
-    """
-
-    def __init__(self, distillation: Distillation, *, preprocess: bool) -> None:
-        super().__init__()
-        own = distillation.student_inputs
-        self.model = unwrap(distillation.student)
-        self.transform = InputTransform(own.spec, own.size)
-        self.preprocess = preprocess
-
-    def inputs(self, images: Tensor) -> Tensor:
-        """Return what the graph takes for uint8 images."""
-        return images if self.preprocess else self.transform(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images to probabilities ``[B, classes]``, of a segmenter ``[B, classes, h, w]`` at its own stride."""
-        logits = output_logits(self.model(self.transform(images) if self.preprocess else images))
-        assert logits is not None, "a student has logits"
-        return logits.float().softmax(1)
 
 
 def _checked_path(path: Path, images: Any, int8: bool) -> Path:
@@ -212,10 +181,8 @@ def _batches(distillation: Distillation, data: Any, most: int) -> Iterator[tuple
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, TransformedImages) and distillation.class_names is not None:
         dataset.order_classes(distillation.class_names, "the student", "images")
-    if isinstance(dataset, (TransformedImages, TensorImages)):  # not the first classes alone
-        loader = DataLoader(
-            Subset(dataset, spread(len(dataset), most)), batch_size=_BATCH, collate_fn=getattr(dataset, "collate", None)
-        )
+    if isinstance(dataset, (TransformedImages, TensorImages)):
+        loader = _spread_batches(dataset, most)  # not of the first classes alone
     count = 0
     for batch in islice(loader, -(-most // _BATCH)):
         images, labels = images_and_labels(batch)
@@ -227,6 +194,13 @@ def _batches(distillation: Distillation, data: Any, most: int) -> Iterator[tuple
         yield (255 * x.clamp(0, 1)).round().byte(), labels
     if count == 0:
         raise ValueError("images is empty: its loader yields no batch.")
+
+
+def _spread_batches(dataset: TransformedImages | TensorImages, most: int) -> Iterable[Any]:
+    chosen = spread(len(dataset), most)
+    if isinstance(dataset, TensorImages):
+        return [dataset[chosen[start : start + _BATCH]] for start in range(0, len(chosen), _BATCH)]
+    return DataLoader(Subset(dataset, chosen), batch_size=_BATCH, collate_fn=getattr(dataset, "collate", None))
 
 
 @contextmanager
@@ -241,86 +215,6 @@ def _in_words(distillation: Distillation) -> Iterator[None]:
             f"{distillation.student_tap.title} could not be exported ({type(error).__name__}: {reason[0]}). It may as "
             "the other of .onnx and .pt2."
         ) from error
-
-
-def _shapes() -> dict[str, Any]:
-    return {_INPUT: {0: torch.export.Dim("batch", min=1, max=65_536)}}
-
-
-def _write_onnx(deployed: Deployed, example: Tensor, path: Path, distillation: Distillation) -> None:
-    import onnx
-
-    torch.onnx.export(
-        deployed,
-        (example,),
-        path,
-        input_names=[_INPUT],
-        output_names=[_OUTPUT],
-        dynamic_shapes=_shapes(),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-    model = onnx.load(path)
-    for key, value in _metadata(distillation.describe_student(), deployed).items():
-        model.metadata_props.add(key=key, value=value)
-    onnx.save(model, path)
-
-
-def _write_pt2(deployed: Deployed, example: Tensor, path: Path, distillation: Distillation) -> None:
-    program = torch.export.export(deployed, (example,), dynamic_shapes=_shapes())
-    torch.export.save(
-        program, path, extra_files={"hetkd.json": json.dumps(_metadata(distillation.describe_student(), deployed))}
-    )
-
-
-def _metadata(description: Description, deployed: Deployed) -> dict[str, str]:
-    takes = "uint8 [batch, channels, height, width]" if deployed.preprocess else "float, normalised"
-    known = {"classes": json.dumps(description.classes)} if description.classes else {}
-    return {KEY: description.to_json(), "takes": takes, **known}
-
-
-def _quantize(path: Path, inputs: list[Tensor]) -> None:
-    """Replace a float ONNX file by one with int8 weights and activations."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.rest = iter(inputs)
-
-        def get_next(self) -> dict[str, Any] | None:
-            x = next(self.rest, None)
-            return None if x is None else {_INPUT: x.numpy()}
-
-    prepared, quantized = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
-    quant_pre_process(path, prepared)
-    quantize_static(
-        prepared,
-        quantized,
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-    os.replace(quantized, path)
-
-
-def _onnx_runner(path: Path) -> Runner:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {_INPUT: images.numpy()})[0])
-
-    return run
-
-
-def _pt2_runner(path: Path) -> Runner:
-    module = torch.export.load(path).module()
-    return lambda images: module(images)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 
 from hetkd.distillation import Distillation
 from hetkd.features.hooks import eval_mode
+from hetkd.models.int8 import without_simulation
 
 _SECONDS = 1.0
 
@@ -57,7 +58,7 @@ def speed_of(distillation: Distillation, batch_size: int) -> Speed:
     from torch.utils.flop_counter import FlopCounterMode
 
     tap = distillation.student_tap
-    network, shape = tap.model, (tap.spec.channels, *tap.size)
+    network, shape = without_simulation(tap.model), (tap.spec.channels, *tap.size)
     example = tap.prepare(torch.rand(batch_size, *shape).to(tap.device))
     parameters = list(network.parameters())
     with eval_mode(network):

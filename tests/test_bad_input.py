@@ -104,6 +104,12 @@ CASES = {
     "wavelet": (lambda: make(wavelet="harr"), ValueError, "did you mean 'haar'"),
     "ds2s": (lambda: make(ds2s="spacial"), ValueError, "unknown ds2s 'spacial': did you mean 'spatial'"),
     "levels without use": (lambda: make(levels=1), ValueError, "levels=1 and .* have no use .*add ds2s='full'"),
+    "sigma without use": (
+        lambda: make(loss="mse", sigma=0.3),
+        ValueError,
+        "sigma=0.3 .* but loss='mse' compares pixels",
+    ),
+    "keep without use": (lambda: make(loss="infonce", keep=3), ValueError, "keep=3 choose frequencies"),
     "wavelet without use": (lambda: make(wavelet="db2"), ValueError, "wavelet='db2' have no use"),
     "temperature": (lambda: make(temperature=0), ValueError, "temperature=0 must be positive"),
     "weight": (lambda: make(feature_weight=math.nan), ValueError, "feature_weight=nan"),

@@ -143,7 +143,7 @@ def test_a_graph_that_answers_otherwise_is_not_left(tmp_path, monkeypatch):
     import hetkd.deploy as module
 
     path = student_file(tmp_path, cnn())
-    monkeypatch.setattr(module, "_onnx_runner", lambda draft: lambda images: torch.full((len(images), 4), 0.9))
+    monkeypatch.setattr(module, "onnx_runner", lambda draft: lambda images: torch.full((len(images), 4), 0.9))
     with pytest.raises(RuntimeError, match="answers differently from PyTorch"):
         export(path, tmp_path / "student.onnx")
     assert not (tmp_path / "student.onnx").exists()

@@ -16,7 +16,7 @@ LAYERS = [
     ("hetkd.cache",),
     ("hetkd.assemble",),
     ("hetkd.distillation",),
-    ("hetkd.training", "hetkd.speed"),
+    ("hetkd.training", "hetkd.speed", "hetkd.runtimes"),
     ("hetkd.report",),
     ("hetkd.inspection",),
     ("hetkd.distiller", "hetkd.student"),

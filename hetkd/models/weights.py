@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hetkd.models.description import KEY, Description, describe
+from hetkd.models.int8 import without_simulation
 from hetkd.models.wrappers import architecture_name, unwrap
 from hetkd.utils.files import write_atomically, write_json, write_text
 
@@ -112,7 +113,7 @@ def save_model(model: Any, path: str | Path, description: Description | None = N
     Raises:
         ValueError: If the path fits neither.
     """
-    path, model = Path(path), unwrap(model)
+    path, model = Path(path), without_simulation(unwrap(model))
     path = path.expanduser()
     description = description or describe(model)
     classes, labels = description.classes, getattr(getattr(model, "config", None), "id2label", None)

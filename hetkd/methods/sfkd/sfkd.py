@@ -20,6 +20,8 @@ from hetkd.spectral import dwt2, gaussian_window, idwt2, low_waves
 from hetkd.spectral.wavelet import check_wavelet
 from hetkd.utils.checks import choice, not_negative
 
+_SIGMA = 0.5
+
 
 @register_method("sfkd")
 class SFKD(LowFrequencyMethod):
@@ -64,7 +66,7 @@ class SFKD(LowFrequencyMethod):
         levels: int | None = None,
         wavelet: str = "haar",
         loss: str = "gffl",
-        sigma: float = 0.5,
+        sigma: float = _SIGMA,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -79,6 +81,11 @@ class SFKD(LowFrequencyMethod):
         self.levels, self.wavelet = levels, wavelet
         self.loss = choice("loss", loss, ["gffl", "mse", "infonce"])
         self.sigma = not_negative("sigma", sigma)
+        if self.loss != "gffl" and (sigma != _SIGMA or self.keep is not None):
+            raise ValueError(
+                f"sigma={sigma:g} and keep={self.keep} choose frequencies, but loss={loss!r} compares pixels: leave "
+                "both out, or use loss='gffl'."
+            )
 
     def bind(self, pairs: Sequence[StagePair], /) -> None:
         """Make projections and refinements for these stage pairs; see `Method.bind`.

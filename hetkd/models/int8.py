@@ -1,0 +1,118 @@
+"""Training for int8: weights and inputs of convolutions and linear layers are rounded as int8 will round them."""
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_INPUT, _LEAST_SCALE, _MOMENTUM = "int8_input", 1e-8, 0.01
+
+
+def simulate_int8(model: nn.Module) -> nn.Module:
+    """Prepare a student for training that knows of int8 (Jacob et al., arXiv 1712.05877), in place.
+
+    From now on convolutions and linear layers see weights rounded to int8, a scale an output channel, and inputs
+    rounded to uint8, within a moving average of their range; gradients pass as if nothing was rounded. `Distiller` and
+    `fit` take such a student like any other, and what they measure is its simulated int8 accuracy. Saved files hold
+    plain weights: ``export("best.safetensors", "student.onnx", int8=True, images=...)`` makes the int8 file.
+
+    Args:
+        model: A student, trained in float before or not.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: If it is prepared already, or has no such layer.
+
+    Example:
+        >>> student = simulate_int8(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
+        >>> student(torch.rand(4, 3, 2, 2)).shape
+        torch.Size([4, 2])
+    """
+    layers = [module for module in model.modules() if isinstance(module, _LAYERS)]
+    if is_simulated(model):
+        raise ValueError("the model is prepared for int8 already: call simulate_int8 once.")
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has neither convolutions nor linear layers: int8 changes nothing.")
+    for layer in layers:
+        layer.add_module(_INPUT, _Int8Input())
+        kind: Any = type(layer)
+        layer.__class__ = _int8_class(kind)
+    return model
+
+
+def is_simulated(model: nn.Module) -> bool:
+    """Say whether `simulate_int8` prepared a model."""
+    return any(isinstance(module, _Int8Layer) for module in model.modules())
+
+
+def without_simulation(model: nn.Module) -> nn.Module:
+    """Return a copy as it was before `simulate_int8`, with the weights that were trained; other models as they are."""
+    if not is_simulated(model):
+        return model
+    plain = copy.deepcopy(model)
+    for layer in [module for module in plain.modules() if isinstance(module, _Int8Layer)]:
+        delattr(layer, _INPUT)
+        plain_class: Any = type(layer).plain
+        layer.__class__ = plain_class
+    return plain
+
+
+class _Int8Layer(nn.Module):
+    """Stands before the class of a layer, whose code sees a rounded input, and a rounded weight where it asks for it.
+
+    Parameters keep their names, so that weights of the plain layer load here and the other way round.
+    """
+
+    plain: type[nn.Module]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, rounded to 255 steps an output channel, symmetric around zero."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        scale = weight.detach().float().flatten(1).abs().amax(1).clamp_min(_LEAST_SCALE) / 127
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight.float(), scale, zero, 0, -127, 127).to(weight.dtype)
+
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        return super().forward(getattr(self, _INPUT)(x), *others)
+
+
+@cache
+def _int8_class(plain: Any) -> Any:
+    return type(f"Int8{plain.__name__}", (_Int8Layer, plain), {"plain": plain, "__module__": plain.__module__})
+
+
+class _Int8Input(nn.Module):
+    """Rounds a tensor to 256 steps within its range, which training follows by a moving average."""
+
+    low: Tensor
+    high: Tensor
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("low", "high"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = (edge.float() for edge in x.detach().aminmax())
+        low, high = low.clamp(max=0), high.clamp(min=0)  # zero stays zero, which padding needs
+        if self.training:
+            low = torch.where(self.seen, self.low.lerp(low, _MOMENTUM), low)
+            high = torch.where(self.seen, self.high.lerp(high, _MOMENTUM), high)
+            with torch.no_grad():
+                self.low.copy_(low)
+                self.high.copy_(high)
+                self.seen.fill_(True)
+        else:
+            low, high = torch.where(self.seen, self.low, low), torch.where(self.seen, self.high, high)
+        scale = ((high - low) / 255).clamp_min(_LEAST_SCALE)
+        zero = (-low / scale).round().clamp(0, 255).int()
+        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255).to(x.dtype)
