@@ -23,7 +23,7 @@ QUIET = {"progress": False, "cpu": True, "batch_size": 8}
 
 def make(method="sfkd", teacher=segformer, student=small, **options) -> Distiller:
     torch.manual_seed(0)
-    sizes = {"teacher": (64, 64), "student": (40, 56)}
+    sizes = {"teacher": (64, 64), "student": (40, 56)} | options.pop("input_size", {})
     return Distiller(teacher(), student(), method, input_size=sizes, **options)
 
 
@@ -53,15 +53,22 @@ def test_methods_for_images_alone_are_refused(method):
         make(method)
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_a_deeplab_teaches_and_learns(role):
-    def deeplab():
-        return torchvision.models.segmentation.deeplabv3_resnet50(
-            weights=None, weights_backbone=None, num_classes=CLASSES
-        )
+def deeplab():
+    return torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES)
 
-    distiller = make(**{role: deeplab})
-    assert [stage.name for stage in distiller.taps[role].stages][-4:] == [f"backbone.layer{n}" for n in (1, 2, 3, 4)]
+
+def smp_unet():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    return smp.Unet("resnet18", encoder_weights=None, classes=CLASSES)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize(("model", "encoder"), [(deeplab, "backbone"), (smp_unet, "encoder")])
+def test_resnets_with_a_decoder_teach_and_learn(model, encoder, role):
+    distiller = make(**{role: model, "input_size": {role: 64}})
+    stages = [stage.name for stage in distiller.taps[role].stages]
+    assert {stage.partition(".")[0] for stage in stages} == {encoder}
+    assert not any("bn" in stage for stage in stages), "what is overwritten in place is no stage"
     distiller(*stripes(2)).loss.backward()
 
 
