@@ -10,7 +10,7 @@ from torch import Tensor
 from hetkd.data.images import make_dataset
 from hetkd.data.labels import known_labels
 from hetkd.models.inputs import check_labels
-from hetkd.tasks.task import Metrics, Rows, Task
+from hetkd.tasks.task import ComparedLogits, Metrics, Task
 
 
 class Classification(Task):
@@ -35,11 +35,11 @@ class Classification(Task):
         self.check_labels(labels, images, classes, look_at_values=True)
         return labels
 
-    def has_answers(self, labels: Any) -> bool:
+    def are_classes(self, labels: Any) -> bool:
         """Say whether labels are class indices."""
         return isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
 
-    def answers(self, logits: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+    def predicted_and_true(self, logits: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
         """Return the class of each image."""
         return logits.argmax(1), labels.cpu()
 
@@ -51,9 +51,9 @@ class Classification(Task):
         """Return the mean over images."""
         return F.cross_entropy(logits, labels, weights)
 
-    def rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Rows:
+    def compared_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> ComparedLogits:
         """Return the logits as they are."""
-        return Rows(student, teacher, labels)
+        return ComparedLogits(student, teacher, labels)
 
     def metrics(self, classes: Sequence[str], device: torch.device, *, sync: bool) -> Metrics:
         """Return top-1 and top-5 in percent (top 5, or as many classes as there are) and the cross-entropy."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from hetkd.data.masks import MaskedImages, make_mask_dataset
 from hetkd.features.grid import resampling
 from hetkd.spectral.precision import separable
-from hetkd.tasks.task import Metrics, Rows, Task
+from hetkd.tasks.task import ComparedLogits, Metrics, Task
 
 _LARGEST_LOGITS, _LOOKED_AT, _COUNTED = 128, 16, 512
 _MOST_AT_ONCE = 2**24  # logits, 64 MB
@@ -103,11 +103,11 @@ class Segmentation(Task):
             self._check_values(mask, classes)
         return masks
 
-    def has_answers(self, labels: Any) -> bool:
+    def are_classes(self, labels: Any) -> bool:
         """Say whether labels are masks."""
         return isinstance(labels, (Tensor, list)) and all(mask.ndim == 2 for mask in labels)
 
-    def answers(self, logits: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+    def predicted_and_true(self, logits: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
         """Return the classes of a few pixels of each image, evenly spread: neighbours tell little more."""
         found, right = [], []
         for each, mask in zip(logits, labels, strict=True):
@@ -142,17 +142,17 @@ class Segmentation(Task):
         # A crop may hold no pixel with a class: then both are 0. To ask would wait for the device.
         return total / counted.sum().clamp(min=1e-12)
 
-    def rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Rows:
+    def compared_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> ComparedLogits:
         """Return the logits of pixels with a class, on the coarser of both grids; without labels of all pixels."""
         own, others = (x.movedim(1, -1) for x in on_coarser_grid(student, teacher))
         if labels is None:
-            return Rows(own.flatten(0, 2), others.flatten(0, 2), None)
+            return ComparedLogits(own.flatten(0, 2), others.flatten(0, 2), None)
         coarse = F.interpolate(labels[:, None].float(), own.shape[1:3], mode="nearest-exact")[:, 0].long()
         valid = coarse != self.ignore_index
         if not valid.any():  # then the teacher teaches these images whole
             valid = torch.ones_like(valid)
             coarse = others.argmax(-1)
-        return Rows(own[valid], others[valid], coarse[valid])
+        return ComparedLogits(own[valid], others[valid], coarse[valid])
 
     def metrics(self, classes: Sequence[str], device: torch.device, *, sync: bool) -> Metrics:
         """Return mean IoU, IoU a class and pixel accuracy in percent, and the cross-entropy."""

@@ -18,7 +18,7 @@ class Metrics(Protocol):
         """Return what was measured, by name."""
 
 
-class Rows(NamedTuple):
+class ComparedLogits(NamedTuple):
     """What losses on logits compare, a row each: images of a classifier, valid pixels of a segmenter.
 
     Attributes:
@@ -71,11 +71,11 @@ class Task(ABC):
         """Return what metrics need of each image, batch first: processes exchange it, and drop what came twice."""
 
     @abstractmethod
-    def has_answers(self, labels: Any) -> bool:
+    def are_classes(self, labels: Any) -> bool:
         """Say whether labels are classes, which answers are compared with."""
 
     @abstractmethod
-    def answers(self, logits: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+    def predicted_and_true(self, logits: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
         """Return the classes that a model names, and the true ones: ``[N]`` each, of images or of some pixels."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Task(ABC):
         """Return the mean cross-entropy with the labels, classes weighted by ``weights`` ``[classes]``."""
 
     @abstractmethod
-    def rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Rows:
+    def compared_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> ComparedLogits:
         """Return what losses on logits compare."""
 
     @abstractmethod

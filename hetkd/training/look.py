@@ -146,7 +146,7 @@ def _answers(distillation: Distillation, tap: Tap, data: Any, what: str) -> tupl
         for images, classes in _labelled(alone, data, what):
             with torch.no_grad():
                 logits = alone.predict_checked(images.to(tap.device)).cpu()
-            found, right = alone.task.answers(logits, classes)
+            found, right = alone.task.predicted_and_true(logits, classes)
             predicted.append(found)
             labels.append(right)
             images_seen += len(images)
@@ -164,7 +164,7 @@ def _labelled(alone: Distillation, data: Any, what: str) -> Iterator[tuple[Tenso
         return
     for batch in islice(data, _MEASURED):
         images, labels = images_and_labels(batch)
-        if not (isinstance(images, Tensor) and alone.task.has_answers(labels)):
+        if not (isinstance(images, Tensor) and alone.task.are_classes(labels)):
             return
         for start in range(0, len(images), _BATCH):
             yield images[start : start + _BATCH], labels[start : start + _BATCH]

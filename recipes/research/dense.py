@@ -164,6 +164,8 @@ def train_student(study: Study, job: Job) -> None:
     whole, seconds = done == job.epochs, now(session.device) - start
     splits = ("val", "test") if whole else ()
     found = {split: measure(session, distiller, study.splits[split]) for split in splits}
+    if whole and job.seed == 0:
+        distiller.save_student(study.arguments.output / "students" / f"{file_name(job)}.safetensors")
     session.write(
         "student",
         key=job.key,
@@ -179,6 +181,12 @@ def train_student(study: Study, job: Job) -> None:
     )
     text = f"{found['val']['miou']:.2f}, {found['test']['miou']:.2f}" if whole else f"stopped after {done} epochs"
     session.say(f"{job.pair} {job.method} {job.options or ''}, seed {job.seed}: {text} ({seconds:.0f} s)")
+
+
+def file_name(job: Job) -> str:
+    """Return what the student of a job is called on disk."""
+    options = [f"{name}={value}" for name, value in job.options.items()]
+    return "-".join([job.pair.replace(":", "-"), job.method, *options]).replace(" ", "")
 
 
 def step(study: Study, distiller: Distiller, view: int, index: Tensor) -> Tensor:

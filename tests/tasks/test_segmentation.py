@@ -56,7 +56,7 @@ def test_kd_is_the_mean_over_valid_pixels():
 
 
 def test_logits_meet_on_the_coarser_grid():
-    rows = Segmentation().rows(maps(1, 3, 8, 8), maps(1, 3, 4, 6), None)
+    rows = Segmentation().compared_logits(maps(1, 3, 8, 8), maps(1, 3, 4, 6), None)
     assert rows.student.shape == rows.teacher.shape == (24, 3)
     torch.testing.assert_close(rows.teacher, maps(1, 3, 4, 6).movedim(1, -1).flatten(0, 2))
 

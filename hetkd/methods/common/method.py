@@ -220,8 +220,8 @@ class Method(nn.Module, ABC):
 
     def compare_logits(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return `logit_loss` of what the task compares: images of a classifier, valid pixels of a segmenter."""
-        rows = self.task.rows(student_logits(student), teacher, labels)
-        return self.logit_loss(replace(student, logits=rows.student), rows.teacher, rows.labels)
+        compared = self.task.compared_logits(student_logits(student), teacher, labels)
+        return self.logit_loss(replace(student, logits=compared.student), compared.teacher, compared.labels)
 
     def logit_loss(self, student: Features, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Return the loss on logits: T^2 KL(teacher || student) at temperature T, mean over the batch.
