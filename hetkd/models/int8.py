@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_INPUT, _LEAST_SCALE, _MOMENTUM = "int8_input", 1e-8, 0.01
+_LEAST_SCALE, _MOMENTUM = 1e-8, 0.01
+_RANGE = ("int8_low", "int8_high", "int8_seen")  # of a layer's inputs; buffers, for a child would look like a block
 
 
 def simulate_int8(model: nn.Module) -> nn.Module:
@@ -39,7 +40,8 @@ def simulate_int8(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"{type(model).__name__} has neither convolutions nor linear layers: int8 changes nothing.")
     for layer in layers:
-        layer.add_module(_INPUT, _Int8Input())
+        for name, start in zip(_RANGE, (0.0, 0.0, False), strict=True):
+            layer.register_buffer(name, torch.tensor(start, device=layer.weight.device))
         kind: Any = type(layer)
         layer.__class__ = _int8_class(kind)
     return model
@@ -56,7 +58,8 @@ def without_simulation(model: nn.Module) -> nn.Module:
         return model
     plain = copy.deepcopy(model)
     for layer in [module for module in plain.modules() if isinstance(module, _Int8Layer)]:
-        delattr(layer, _INPUT)
+        for name in _RANGE:
+            delattr(layer, name)
         plain_class: Any = type(layer).plain
         layer.__class__ = plain_class
     return plain
@@ -65,14 +68,18 @@ def without_simulation(model: nn.Module) -> nn.Module:
 class _Int8Layer(nn.Module):
     """Stands before the class of a layer, whose code sees a rounded input, and a rounded weight where it asks for it.
 
-    Parameters keep their names, so that weights of the plain layer load here and the other way round.
+    Parameters keep their names. Weights have 255 steps an output channel, symmetric around zero; inputs 256 steps
+    within their range, which training follows by a moving average.
     """
 
     plain: type[nn.Module]
+    int8_low: Tensor
+    int8_high: Tensor
+    int8_seen: Tensor
 
     @property
     def weight(self) -> Tensor:
-        """The weight, rounded to 255 steps an output channel, symmetric around zero."""
+        """The weight, rounded."""
         weight = self._parameters["weight"]
         assert weight is not None
         scale = weight.detach().float().flatten(1).abs().amax(1).clamp_min(_LEAST_SCALE) / 127
@@ -80,39 +87,27 @@ class _Int8Layer(nn.Module):
         return torch.fake_quantize_per_channel_affine(weight.float(), scale, zero, 0, -127, 127).to(weight.dtype)
 
     def forward(self, x: Tensor, *others: Any) -> Any:
-        return super().forward(getattr(self, _INPUT)(x), *others)
+        low, high = self._range(x.detach())
+        scale = ((high - low) / 255).clamp_min(_LEAST_SCALE)
+        zero = (-low / scale).round().clamp(0, 255).int()
+        rounded = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255).to(x.dtype)
+        return super().forward(rounded, *others)
+
+    @torch.no_grad()
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the range within which an input is rounded; in training, after the average has followed it."""
+        low, high = (edge.float() for edge in x.aminmax())
+        low, high = low.clamp(max=0), high.clamp(min=0)  # zero stays zero, which padding needs
+        share = _MOMENTUM * self.training
+        low = torch.where(self.int8_seen, self.int8_low.lerp(low, share), low)
+        high = torch.where(self.int8_seen, self.int8_high.lerp(high, share), high)
+        if self.training:
+            self.int8_low.copy_(low)
+            self.int8_high.copy_(high)
+            self.int8_seen.fill_(True)
+        return low, high
 
 
 @cache
 def _int8_class(plain: Any) -> Any:
     return type(f"Int8{plain.__name__}", (_Int8Layer, plain), {"plain": plain, "__module__": plain.__module__})
-
-
-class _Int8Input(nn.Module):
-    """Rounds a tensor to 256 steps within its range, which training follows by a moving average."""
-
-    low: Tensor
-    high: Tensor
-    seen: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("low", "high"):
-            self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
-
-    def forward(self, x: Tensor) -> Tensor:
-        low, high = (edge.float() for edge in x.detach().aminmax())
-        low, high = low.clamp(max=0), high.clamp(min=0)  # zero stays zero, which padding needs
-        if self.training:
-            low = torch.where(self.seen, self.low.lerp(low, _MOMENTUM), low)
-            high = torch.where(self.seen, self.high.lerp(high, _MOMENTUM), high)
-            with torch.no_grad():
-                self.low.copy_(low)
-                self.high.copy_(high)
-                self.seen.fill_(True)
-        else:
-            low, high = torch.where(self.seen, self.low, low), torch.where(self.seen, self.high, high)
-        scale = ((high - low) / 255).clamp_min(_LEAST_SCALE)
-        zero = (-low / scale).round().clamp(0, 255).int()
-        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255).to(x.dtype)

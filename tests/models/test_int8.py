@@ -1,5 +1,7 @@
 """Training for int8: what is rounded, what is saved, and that the exported file answers as simulated."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,33 @@ def tiny_cnn_like(plain):
     model = tiny_cnn()
     model.load_state_dict(plain.state_dict())
     return model.eval()
+
+
+def test_stages_are_those_of_the_plain_student():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            widths = (3, 8, 12, 16)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
+                for a, b in itertools.pairwise(widths)
+            )
+            self.head = nn.Linear(16, 10)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean((2, 3)))
+
+    for make in (Own, tiny_cnn, tiny_vit):
+        plans = [
+            str(Distiller(tiny_vit(), change(make()), "sfkd", input_size=32).plan) for change in (id_, simulate_int8)
+        ]
+        assert plans[0] == plans[1]
+
+
+def id_(model):
+    return model
 
 
 def test_bad_models():
