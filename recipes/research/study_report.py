@@ -24,6 +24,7 @@ from hetkd.features.grid import to_grid
 from hetkd.features.pairing import choose_stages
 from hetkd.models import build_small, load_weights
 from hetkd.spectral import dwt2
+from hetkd.training.agreement import linear_cka
 from hetkd.training.records import Row, read_rows
 
 GRAY, BLUE = "#8a8f98", "#2f6fde"
@@ -98,7 +99,7 @@ def draw_features(students: Path, teachers: Path, output: Path) -> None:
                 load_weights(student, student_path(students, pair, what))
             maps[what] = stage_maps(student, size, split)
         similarities[pair] = {
-            name: [[cka(s.mean((2, 3)), t.mean((2, 3))) for t in maps["teacher"]] for s in of_student]
+            name: [[linear_cka(s.mean((2, 3)), t.mean((2, 3))) for t in maps["teacher"]] for s in of_student]
             for name, of_student in maps.items()
             if name != "teacher"
         }
@@ -114,12 +115,6 @@ def stage_maps(model: nn.Module, size: int, split: Split) -> list[Tensor]:
     tap.select([stage.name for stage in choose_stages(tap.listed)])
     parts = [tap.run(images).maps for images in split.validation[0][::5].split(250)]
     return [torch.cat(maps) for maps in zip(*parts, strict=True)]
-
-
-def cka(x: Tensor, y: Tensor) -> float:
-    """Return the linear centred kernel alignment of features ``[N, P]`` and ``[N, Q]`` (arXiv 1905.00414)."""
-    x, y = x - x.mean(0), y - y.mean(0)
-    return float((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 def band_energies(maps: Tensor) -> list[float]:
