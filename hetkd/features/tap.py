@@ -70,11 +70,16 @@ class Tap:
         for channels in dict.fromkeys((self.spec.channels, 3, 1)):
             try:
                 found = self._probe(self._sample(channels))
-            except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
                 refusals.append(error)
             else:
                 self.spec = input_spec(self.model, channels)
                 return found
+        if getattr(self.model, "main_input_name", "") == "input_ids":  # Hugging Face's models of images and texts
+            raise ValueError(
+                f"the {self.role} {type(self.model).__name__} takes texts beside images: pass its part for images, as "
+                "transformers.CLIPVisionModel.from_pretrained(...) loads CLIP's."
+            ) from refusals[0]
         height, width = self.size
         raise ValueError(
             f"the {self.role} {architecture_name(self.model)} refuses images of {height} x {width} pixels: "

@@ -15,7 +15,7 @@ def copy_label_names(teacher: Any, student: Any) -> None:
 
 def image_processor_settings(config: Any) -> dict[str, Any]:
     """Return the settings of a Hugging Face model's image processor, from its files or its type's defaults."""
-    from transformers import AutoImageProcessor
+    from transformers import CONFIG_MAPPING, AutoImageProcessor
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
     if getattr(config, "_name_or_path", ""):
@@ -30,9 +30,11 @@ def image_processor_settings(config: Any) -> dict[str, Any]:
             RuntimeWarning,
             stacklevel=2,
         )
-    if type(config) not in IMAGE_PROCESSOR_MAPPING:
+    whole = str(config.model_type).removesuffix("_vision_model")  # of CLIP's part for images it is CLIP
+    config_class = CONFIG_MAPPING[whole] if whole in CONFIG_MAPPING else type(config)
+    if config_class not in IMAGE_PROCESSOR_MAPPING:
         return {}
-    entry = IMAGE_PROCESSOR_MAPPING[type(config)]
+    entry = IMAGE_PROCESSOR_MAPPING[config_class]
     classes = entry.values() if isinstance(entry, dict) else entry
     processor_class = next(candidate for candidate in classes if candidate is not None)
     return dict(processor_class().to_dict())

@@ -87,7 +87,8 @@ def _preprocessing(model: Any) -> tuple[Settings, int | Sequence[int], str]:
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
         return *_of_timm(model), "timm's configuration"
     if hasattr(getattr(model, "config", None), "model_type"):
-        return *_of_hugging_face(model.config), "its image processor"
+        settings, size = _of_hugging_face(model.config)
+        return settings, size, "its image processor" if "mean" in settings else "ImageNet's convention"
     inner = [child for child in model.children() if isinstance(getattr(child, "pretrained_cfg", None), dict)]
     inner += [child for child in model.children() if hasattr(getattr(child, "config", None), "model_type")]
     if len(inner) == 1:

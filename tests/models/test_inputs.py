@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+import transformers
 from conftest import batch, tiny_cnn, tiny_vit
 from PIL import Image
 from transformers import (
@@ -123,3 +124,15 @@ def test_dinov2_teaches_without_labels_or_logits(data_folder):
     assert output.terms.keys() == {f"sfkd.layer{stage}" for stage in range(1, 5)}
     output.loss.backward()
     assert d.student.conv1[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_the_part_of_a_model_that_takes_images_has_its_normalisation(name):
+    vision = getattr(transformers, f"{name}VisionConfig")(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64
+    )
+    spec = input_spec(getattr(transformers, f"{name}VisionModel")(vision))
+    processor = getattr(transformers, f"{name}ImageProcessor")()
+    assert spec.mean == pytest.approx(processor.image_mean)
+    assert spec.std == pytest.approx(processor.image_std)
+    assert spec.source == "its image processor"

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from conftest import batch, tiny_cnn, tiny_vit
 from torch import nn
 from training_runs import QUIET, bright_or_dark
@@ -209,3 +210,26 @@ def test_a_branch_that_comes_later_is_not_left_out_in_silence():
     assert distiller.student.branch.weight.requires_grad
     distiller(1 - 0 * dark, labels).loss.backward()
     assert distiller.student.branch.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_models_that_end_in_a_softmax_are_refused(role):
+    models, sizes = {"teacher": tiny_vit(), "student": tiny_cnn()}, {"teacher": 32, "student": 32}
+    models[role] = nn.Sequential(models[role], nn.Softmax(1))
+    with pytest.raises(ValueError, match=f"the {role} yields probabilities, which sum to 1, but losses take logits"):
+        Distiller(**models, method="kd", input_size=sizes)
+    as_logits = nn.Sequential(models[role], Log())
+    Distiller(**{**models, role: as_logits}, method="kd", input_size=sizes)(*batch(4)).loss.backward()
+
+
+class Log(nn.Module):
+    def forward(self, x):
+        return x.log()
+
+
+def test_models_of_images_and_texts_are_refused_with_a_cure():
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision, text = {**small, "image_size": 32, "patch_size": 8}, {**small, "bos_token_id": 0, "eos_token_id": 1}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    with pytest.raises(ValueError, match="takes texts beside images: pass its part for images, as transformers"):
+        Distiller(clip, tiny_cnn(), "sfkd", kd_weight=0, input_size=32)
