@@ -32,8 +32,8 @@ The last works for nine minutes (timeout 590 s); its lines, log and teacher come
 
 For CamVid there are two parts, and the last call is
 
-    python3 recipes/research/dense.py --minutes 8.8 --revision $(cat revision.txt) --data /tmp/gpu --scratch /tmp/views \
-        --output $O 2>&1 | tee $O/log.txt
+    python3 recipes/research/dense.py --minutes 8.8 --revision $(cat revision.txt) --data /tmp/gpu \
+        --scratch /tmp/views --output $O 2>&1 | tee $O/log.txt
 
 What the time did not suffice for comes from one more call (`--steps compile`, or `--steps study rest --methods ...`).
 """
