@@ -100,7 +100,7 @@ def test_bad_models():
         simulate_int8(nn.ReLU())
 
 
-@pytest.mark.parametrize("method", ["sfkd", "rsd", "kd"])
+@pytest.mark.parametrize("method", ["sfkd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rsd", "kd"))])
 def test_a_prepared_student_is_trained_stopped_and_resumed(method, tmp_path):
     def run(folder, epochs, **options):
         torch.manual_seed(0)
@@ -118,6 +118,7 @@ def test_a_prepared_student_is_trained_stopped_and_resumed(method, tmp_path):
     assert bench(whole).parameters == bench(saved.distillation).parameters
 
 
+@pytest.mark.slow
 def test_the_exported_file_answers_as_simulated(tmp_path):
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
