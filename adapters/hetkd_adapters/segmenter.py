@@ -1,6 +1,7 @@
 """Segmenters: the stages of their encoders; what the decoder makes of them is no feature of its own."""
 
-from typing import ClassVar
+from collections.abc import Sized
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -22,10 +23,12 @@ class SegmenterAdapter(GenericAdapter):
 
     def accepts(self, model: nn.Module) -> bool:
         """Accept the libraries' own segmenters."""
-        return is_segmenter(model) and self._encoder(model) is not None
+        return is_segmenter(model) and (_adds_queries(model) or self._encoder(model) is not None)
 
     def stage_names(self, model: nn.Module, images: Tensor) -> list[str]:
         """List timm's features, or the blocks of the encoder with spatial outputs."""
+        if _adds_queries(model):
+            return _layers_without_queries(model)
         name = self._encoder(model)
         encoder = model.get_submodule(str(name))
         if is_tappable_timm(encoder):
@@ -45,3 +48,14 @@ class SegmenterAdapter(GenericAdapter):
         names = (*_ENCODERS, getattr(model, "base_model_prefix", ""))  # the latter is Hugging Face's
         paths = {path for path, _ in model.named_modules()} - {""}
         return next((name for name in names if name in paths), None)
+
+
+def _adds_queries(model: nn.Module) -> bool:
+    """Say whether a model is EoMT or its kin, which has no decoder: its last blocks see queries beside patches."""
+    return hasattr(getattr(model, "config", None), "num_blocks") and isinstance(getattr(model, "layers", None), Sized)
+
+
+def _layers_without_queries(model: nn.Module) -> list[str]:
+    config = cast(Any, model).config
+    plain = config.num_hidden_layers - config.num_blocks
+    return [f"layers.{index}" for index in range(plain)] or ["embeddings"]

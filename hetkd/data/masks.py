@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hetkd.data.images import TensorImages, TransformedImages, is_loader, open_data
 from hetkd.data.mask_folders import MaskFolder
-from hetkd.data.pictures import name_of, raise_for_content
+from hetkd.data.pictures import UnreadableImage, name_of, raise_for_content
 from hetkd.data.samples import MASK_KEYS, Keys, as_picture
 from hetkd.data.seeding import sample_seed, seeded
+from hetkd.data.survey import spread
 from hetkd.data.transforms import picture_tensor, resize_transform
 from hetkd.models.inputs import InputSpec
 
@@ -93,10 +94,17 @@ class MaskedImages(TransformedImages):
         return torch.where(is_class, numbers[mask.clamp(0, len(numbers) - 1)], mask)
 
     def some_masks(self, most: int) -> list[Tensor]:
-        """Return the classes of at most so many masks, evenly spread."""
-        chosen = [number * len(self) // most for number in range(most)] if len(self) > most else range(len(self))
-        found = [image_and_mask(self.dataset[i], self.keys, name_of(self.dataset, i))[1] for i in chosen]
-        return [self._renumbered(self._read_mask(mask)) for mask in found]
+        """Return the classes of at most so many masks, evenly spread, without those that are to be skipped."""
+        found = []
+        for index in spread(len(self), most):
+            try:
+                mask = image_and_mask(self.dataset[index], self.keys, name_of(self.dataset, index))[1]
+            except UnreadableImage:
+                if not self.skip_unreadable:
+                    raise
+            else:
+                found.append(self._renumbered(self._read_mask(mask)))
+        return found
 
 
 def _names_of(dataset: Any) -> list[str] | None:

@@ -68,7 +68,9 @@ def _from_dict(sample: Mapping[str, Any], keys: Keys) -> tuple[Any, Any]:
         raise TypeError(
             f"a sample has the keys {sorted(sample)}; expected an image and a label: name it, image_key=..."
         )
-    label = keys.label or _key(sample, (*_LABEL_KEYS, *MASK_KEYS), _is_class, "label", other_than=image)
+    label = keys.label or _key(sample, _LABEL_KEYS, _is_class, "label", other_than=image)
+    masks = (name for name in MASK_KEYS if isinstance(sample.get(name), Tensor) and name != image)
+    label = label or next(masks, None)
     return sample[image], None if label is None else sample[label]
 
 

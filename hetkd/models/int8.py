@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NOT_SIMULATED = (nn.MultiheadAttention, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LEAST_SCALE, _MOMENTUM = 1e-8, 0.01
 _RANGE = ("int8_low", "int8_high", "int8_seen")  # of a layer's inputs; buffers, for a child would look like a block
 
@@ -16,9 +17,14 @@ def simulate_int8(model: nn.Module) -> nn.Module:
     """Prepare a student for training that knows of int8 (Jacob et al., arXiv 1712.05877), in place.
 
     From now on convolutions and linear layers see weights rounded to int8, a scale an output channel, and inputs
-    rounded to uint8, within a moving average of their range; gradients pass as if nothing was rounded. `Distiller` and
-    `fit` take such a student like any other, and what they measure is its simulated int8 accuracy. Saved files hold
-    plain weights: ``export("best.safetensors", "student.onnx", int8=True, images=...)`` makes the int8 file.
+    rounded to uint8 within a moving average of their range, outside of which they are cut off. Gradients pass through
+    the rounding. `Distiller` and `fit` take such a student like any other, and what they measure is its simulated int8
+    accuracy. Saved files hold plain weights: ``export("best.safetensors", "student.onnx", int8=True, images=...)``
+    makes the int8 file.
+
+    Attention that reads the weights of its layers instead of calling them (timm's BEiT and Swin V2, torchvision's
+    transformers) sees rounded weights, but float inputs. A layer's ``weight`` is a rounded copy from now on: change the
+    parameter itself, by ``named_parameters()``.
 
     Args:
         model: A student, trained in float before or not.
@@ -27,7 +33,8 @@ def simulate_int8(model: nn.Module) -> nn.Module:
         The same module.
 
     Raises:
-        ValueError: If it is prepared already, or has no such layer.
+        ValueError: If it is prepared already, has no such layer, one whose weight is computed (weight norm), or
+            PyTorch's own attention or transposed convolutions, which are not simulated.
 
     Example:
         >>> student = simulate_int8(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
@@ -37,8 +44,20 @@ def simulate_int8(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, _LAYERS)]
     if is_simulated(model):
         raise ValueError("the model is prepared for int8 already: call simulate_int8 once.")
+    refused = next((name for name, module in model.named_modules() if isinstance(module, _NOT_SIMULATED)), None)
+    if refused is not None:
+        raise ValueError(
+            f"{refused or 'the model'} is a {type(model.get_submodule(refused)).__name__}, which simulate_int8 does "
+            "not know: take a student without it, or train in float and export with int8=True."
+        )
     if not layers:
         raise ValueError(f"{type(model).__name__} has neither convolutions nor linear layers: int8 changes nothing.")
+    computed = [layer for layer in layers if layer._parameters.get("weight") is None]
+    if computed:
+        raise ValueError(
+            f"the weight of a {type(computed[0]).__name__} is computed (weight norm or another parametrization): "
+            "remove that first, torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+        )
     for layer in layers:
         for name, start in zip(_RANGE, (0.0, 0.0, False), strict=True):
             layer.register_buffer(name, torch.tensor(start, device=layer.weight.device))
@@ -86,7 +105,8 @@ class _Int8Layer(nn.Module):
         zero = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(weight.float(), scale, zero, 0, -127, 127).to(weight.dtype)
 
-    def forward(self, x: Tensor, *others: Any) -> Any:
+    def forward(self, input: Tensor, *others: Any) -> Any:  # PyTorch's own name of it
+        x = input
         low, high = self._range(x.detach())
         scale = ((high - low) / 255).clamp_min(_LEAST_SCALE)
         zero = (-low / scale).round().clamp(0, 255).int()
@@ -99,13 +119,25 @@ class _Int8Layer(nn.Module):
         low, high = (edge.float() for edge in x.aminmax())
         low, high = low.clamp(max=0), high.clamp(min=0)  # zero stays zero, which padding needs
         share = _MOMENTUM * self.training
-        low = torch.where(self.int8_seen, self.int8_low.lerp(low, share), low)
-        high = torch.where(self.int8_seen, self.int8_high.lerp(high, share), high)
+        low = torch.where(self.int8_seen, self.int8_low.float().lerp(low, share), low)
+        high = torch.where(self.int8_seen, self.int8_high.float().lerp(high, share), high)
         if self.training:
             self.int8_low.copy_(low)
             self.int8_high.copy_(high)
             self.int8_seen.fill_(True)
         return low, high
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts: Any = super().__reduce_ex__(protocol)
+        rebuild, arguments, *rest = parts
+        return _as_int8, (self.plain, rebuild, (self.plain, *arguments[1:])), *rest
+
+
+def _as_int8(plain: Any, rebuild: Any, arguments: tuple[Any, ...]) -> Any:
+    """Make the object that a pickle of a prepared layer is read into: its class is made anew, and has no name."""
+    layer = rebuild(*arguments)
+    layer.__class__ = _int8_class(plain)
+    return layer
 
 
 @cache

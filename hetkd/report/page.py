@@ -72,7 +72,8 @@ def write_report(
 def _sides(distillation: Distillation, baseline: Distillation | None) -> dict[str, Distillation]:
     """Return all models that answer, the student first."""
     alone = {} if baseline is None else {"student alone": baseline}
-    taps = [tap for tap in distillation.teachers.live if tap.classes == distillation.classes]
+    live = [tap for tap in distillation.teachers.live if not tap.yields_probabilities]
+    taps = [tap for tap in live if tap.classes == distillation.classes]
     return {"student": distillation, **alone, **{tap.role: in_role(distillation, tap.role) for tap in taps}}
 
 

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hetkd.data.images import TensorImages
 from hetkd.data.masks import MaskedImages, make_mask_dataset
+from hetkd.data.survey import spread
 from hetkd.features.grid import resampling
 from hetkd.spectral.precision import separable
 from hetkd.tasks.task import ComparedLogits, Metrics, Task
@@ -45,7 +47,7 @@ class Segmentation(Task):
         "mixup": "leave it out",
         "cutmix": "leave it out",
         "label_smoothing": "leave it out",
-        "balanced_sampling": "use class_weights=[...], a number for each class",
+        "balanced_sampling": "use class_weights='balanced', or a number for each class",
         "augment": _IN_FOLDERS,
         "top_k": "logits of all classes are kept",
         "report": "the report is for classifiers",
@@ -62,6 +64,11 @@ class Segmentation(Task):
             raise ValueError(f"ignore_index={ignore_index!r} must be a whole number, as 255.")
         if colors is not None and not all(len(color) == 3 for color in colors):
             raise ValueError(f"colors={list(colors)[:2]}... must have three numbers for each class: (128, 0, 0).")
+        if reduce_labels and 0 <= ignore_index < 255:
+            raise ValueError(
+                f"ignore_index={ignore_index} may be a class: with reduce_labels=True the 0 of a mask becomes "
+                "ignore_index, and its 1 becomes class 0, so leave it at 255."
+            )
         if colors is not None and reduce_labels:
             raise ValueError("reduce_labels=True has no use beside colors: leave out the colour of no class.")
         self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
@@ -185,10 +192,17 @@ class Segmentation(Task):
 
     def class_counts(self, dataset: Any, classes: int) -> Tensor | None:
         """Return how many pixels each class has, in at most 512 masks, evenly spread."""
-        masks = dataset.some_masks(_COUNTED) if isinstance(dataset, MaskedImages) else getattr(dataset, "labels", None)
-        if masks is None:
+        if isinstance(dataset, MaskedImages):
+            masks: Sequence[Tensor] = dataset.some_masks(_COUNTED)
+        elif isinstance(dataset, TensorImages) and dataset.labels is not None:
+            masks = list(dataset.labels[spread(len(dataset), _COUNTED)])
+        else:
             return None
-        return torch.stack([mask[mask != self.ignore_index].bincount(minlength=classes) for mask in masks]).sum(0)
+        counts = torch.zeros(classes, dtype=torch.int64)
+        for mask in masks:
+            self._check_values(mask, classes)
+            counts += mask[mask != self.ignore_index].bincount(minlength=classes).cpu()
+        return counts
 
     def kept_waves(self, grid: int) -> int:
         """Return the same share of all waves as for classification: 5 of 8, 21 of 32."""
@@ -238,8 +252,15 @@ def in_strips(logits: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if at_once >= height:
         yield resized(logits, (height, width)), masks
         return
+    parts = masks.split(at_once, dim=1)
+    if logits.shape[-2:] == masks.shape[1:]:
+        yield from zip(logits.split(at_once, dim=2), parts, strict=True)
+        return
+    logits = logits.float()
     rows, columns = (
         resampling(old, new).to(logits) for old, new in zip(logits.shape[-2:], (height, width), strict=True)
     )
-    for some, mask in zip(rows.split(at_once), masks.split(at_once, dim=1), strict=True):
-        yield separable(logits, some, columns), mask
+    for some, mask in zip(rows.split(at_once), parts, strict=True):
+        with torch.autocast(logits.device.type, enabled=False):  # as interpolation, which it stands for
+            strip = separable(logits, some, columns)
+        yield strip, mask

@@ -37,9 +37,10 @@ def fit_classifier(distiller: Distillation, images: Iterable[Any]) -> None:
     decay = max(decay for score, decay in scores if score >= best - _AS_GOOD)  # small weights leave room to learn
     weight, bias = logistic_regression(x, y, classes, decay)
     with torch.no_grad():
-        layer.weight.copy_(weight)
-        if layer.bias is not None:
-            layer.bias.copy_(bias)
+        own = dict(layer.named_parameters())  # of a layer that simulates int8, `weight` is a rounded copy
+        own["weight"].copy_(weight)
+        if "bias" in own:
+            own["bias"].copy_(bias)
 
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def in_role(distillation: Distillation, role: str) -> Distillation:
     """Return the distillation itself for ``"student"``; for a teacher one whose student is that teacher.
 
     Raises:
-        ValueError: If there is no such teacher, its weights are not here, or it has no classifier.
+        ValueError: If there is no such teacher, its weights are not here, or it yields no logits.
     """
     if role == "student":
         return distillation
@@ -97,6 +97,11 @@ def in_role(distillation: Distillation, role: str) -> Distillation:
     tap = taps[choice("role", role, ["student", *taps])]
     if tap.classes is None:
         raise ValueError(f"the {role} has no classifier, so it has no accuracy.")
+    if tap.yields_probabilities:
+        raise ValueError(
+            f"the {role} yields probabilities, and is measured by logits: leave its softmax out, or have it return "
+            "their logarithm, model(images).log()."
+        )
     alone = Distillation(
         None, tap.model, "ce", input_size=tap.size, normalized=distillation.normalization, task=distillation.task
     )

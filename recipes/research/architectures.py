@@ -44,6 +44,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 SEGMENTERS: dict[str, dict[str, Any]] = {
     "beit": {"out_indices": [1, 2, 3, 4]},
     "data2vec-vision": {"out_indices": [1, 2, 3, 4]},
+    "eomt": {"num_blocks": 1},
+    "eomt_dinov3": {"num_blocks": 1},
     "dpt": {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 16, 16], "fusion_hidden_size": 16},
 }
 """Fields of segmenters that a small configuration needs beside."""

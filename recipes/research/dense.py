@@ -4,7 +4,7 @@
     PYTHONPATH=recipes/bench python recipes/research/dense.py --dry --cpu --output runs/dense/dry  # rehearses it
 
 Lines go to `OUTPUT/dense.jsonl`, each as soon as it is known; a run that is in there already is not repeated.
-`gpu_pack.py --data-set camvid` packs what a machine without a network needs.
+`gpu_pack.py camvid` packs what a machine without a network needs.
 
 Protocol, fixed before the methods were compared: CamVid's 367 training images; sixteen fixed views of each (crop of
 25 to 100 % of the area to 240 x 320, flip, colour), one an epoch, for which the teacher's features are recorded once,
@@ -36,6 +36,7 @@ from dense_data import (
     make_distiller,
     measure,
     record,
+    teacher_name,
 )
 from gpu_teacher import Session
 from jobs import Job, parse_method
@@ -68,7 +69,10 @@ def main(words: list[str] | None = None) -> None:
     splits = load_data(arguments, session.device)
     session.say(f"{', '.join(f'{len(x.masks)} {name}' for name, x in splits.items())} images on {machine()}")
     teacher = get_teacher(session, arguments, splits)
-    file = arguments.scratch / f"views-{arguments.teacher}.safetensors"
+    file = (
+        arguments.scratch
+        / f"views-{teacher_name(arguments)}-{arguments.views}x{len(splits['train'].masks)}.safetensors"
+    )
     if not file.exists():
         record(session, teacher, splits["train"], arguments).save(file)
     jobs = [job for job in all_jobs(arguments) if job.key not in done_in(arguments.output)]
@@ -177,6 +181,7 @@ def train_student(study: Study, job: Job) -> None:
         added_parameters=distiller.plan.added_parameters,
         settings=distiller.method.settings(),
         batch_size=BATCH,
+        images=count,
         views=len(views.masks),
     )
     text = f"{found['val']['miou']:.2f}, {found['test']['miou']:.2f}" if whole else f"stopped after {done} epochs"

@@ -126,7 +126,7 @@ def draw_view(split: Split) -> Split:
 def get_teacher(session: Session, arguments: argparse.Namespace, splits: dict[str, Split]) -> nn.Module:
     """Load the teacher, or train it and save it; write what it is worth."""
     known, start = TEACHERS[arguments.teacher], time.perf_counter()
-    kept = arguments.output / f"{arguments.teacher}.safetensors"
+    kept = arguments.output / f"{teacher_name(arguments)}.safetensors"
     teacher = build_teacher(arguments.teacher)
     teacher.to(session.device, memory_format=torch.channels_last)
     distiller, steps = Distiller(None, teacher, "ce", input_size=known.size, task=TASK), 0
@@ -147,6 +147,14 @@ def get_teacher(session: Session, arguments: argparse.Namespace, splits: dict[st
         f"{steps} steps in {seconds:.0f} s"
     )
     return teacher.eval()
+
+
+def teacher_name(arguments: argparse.Namespace) -> str:
+    """Return what a teacher's file is called: one of random images, of some images or of few epochs is another one."""
+    limits = {"random": arguments.random, f"{arguments.images}-images": arguments.images}
+    return "-".join(
+        [arguments.teacher, f"{arguments.teacher_epochs}-epochs", *(name for name, x in limits.items() if x)]
+    )
 
 
 def build_teacher(name: str) -> nn.Module:

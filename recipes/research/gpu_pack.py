@@ -71,7 +71,7 @@ def main() -> None:
 
 def pack_code(folder: Path, scratch: Path) -> None:
     """Add a wheel of hetkd as it was last committed, and the recipes as they are."""
-    revision, archive = (git(words) for words in ("rev-parse --short=12 HEAD", "archive HEAD"))
+    revision, archive = (git(words) for words in ("describe --always --dirty --abbrev=12", "archive HEAD"))
     scratch.mkdir()
     subprocess.run(["tar", "x", "-C", str(scratch)], input=archive, check=True)
     for name in ("bench", "research"):

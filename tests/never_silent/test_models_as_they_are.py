@@ -233,3 +233,11 @@ def test_models_of_images_and_texts_are_refused_with_a_cure():
     clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
     with pytest.raises(ValueError, match="takes texts beside images: pass its part for images, as transformers"):
         Distiller(clip, tiny_cnn(), "sfkd", kd_weight=0, input_size=32)
+
+
+def test_a_teacher_that_ends_in_a_softmax_teaches_by_features_and_is_not_measured():
+    sizes = {"teacher": 32, "student": 32}
+    distiller = Distiller(nn.Sequential(tiny_vit(), nn.Softmax(1)), tiny_cnn(), "rsd", kd_weight=0, input_size=sizes)
+    distiller(*batch(4)).loss.backward()
+    with pytest.raises(ValueError, match="the teacher yields probabilities, and is measured by logits"):
+        distiller.evaluate(bright_or_dark(8), role="teacher")

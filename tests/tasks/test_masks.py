@@ -8,6 +8,7 @@ from PIL import Image
 from hetkd import Segmentation
 from hetkd.data.mask_folders import MaskFolder
 from hetkd.data.masks import TrainingCrop, make_mask_dataset, read_mask
+from hetkd.data.pictures import UnreadableImage
 from hetkd.data.samples import images_and_labels
 from hetkd.models.inputs import IMAGENET_MEAN, IMAGENET_STD, InputSpec
 
@@ -130,6 +131,26 @@ def test_labels_that_count_from_one_are_reduced():
         Segmentation(reduce_labels=True).make_dataset(data, what="train", spec=SPEC, size=(8, 8), train=True)
     with pytest.raises(ValueError, match="has no use beside colors"):
         Segmentation(reduce_labels=True, colors=[(0, 0, 0)])
+
+
+def test_unreadable_images_are_skipped_where_masks_are_looked_at(tmp_path):
+    for name in "abc":
+        write(tmp_path, name)
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    assert len(dataset(tmp_path, skip_unreadable=True).some_masks(3)) == 2
+    with pytest.raises(UnreadableImage):
+        dataset(tmp_path).some_masks(3)
+
+
+def test_masks_beside_labels_are_left_alone():
+    picture = Image.new("RGB", (4, 4))
+    assert images_and_labels({"image": picture, "mask": picture}) == (picture, None)
+    assert images_and_labels({"image": picture, "species": 3, "mask": torch.zeros(4, 4)})[1] == 3
+
+
+def test_a_mask_of_zeros_is_no_class_to_be_reduced_to():
+    with pytest.raises(ValueError, match="ignore_index=0 may be a class: with reduce_labels=True"):
+        Segmentation(ignore_index=0, reduce_labels=True)
 
 
 def test_loaders_of_dicts_with_masks():

@@ -162,3 +162,21 @@ def test_classes_are_counted_in_pixels():
     mask = torch.tensor([[[0, 0, 1], [255, 2, 0]]])
     data = TensorImages(torch.rand(1, 3, 2, 3), mask)
     assert Segmentation().class_counts(data, 4).tolist() == [3, 1, 1, 0]
+
+
+def test_strips_are_float32_under_autocast_and_views_where_sizes_agree(monkeypatch):
+    monkeypatch.setattr("hetkd.tasks.segmentation._MOST_AT_ONCE", 100)
+    logits, mask = maps(1, 3, 4, 5).float(), masks(1, 16, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        strips = [strip for strip, _ in in_strips(logits, mask)]
+    torch.testing.assert_close(torch.cat(strips, 2), resized(logits, (16, 20)))
+    same = maps(1, 3, 16, 20).float()
+    parts = [strip for strip, _ in in_strips(same, mask)]
+    assert torch.equal(torch.cat(parts, 2), same)
+    assert parts[0].data_ptr() == same.data_ptr()
+
+
+def test_masks_that_are_counted_are_checked():
+    data = TensorImages(torch.rand(1, 3, 2, 2), torch.tensor([[[0, 77], [1, 2]]]))
+    with pytest.raises(ValueError, match="masks range from 0 to 77, but the student has 3 classes"):
+        Segmentation().class_counts(data, 3)

@@ -90,6 +90,13 @@ def test_a_segmenter_of_queries_yields_logits_of_pixels():
     output.loss.backward()
 
 
+def test_stages_of_eomt_are_blocks_without_queries():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 64, "num_queries": 7}
+    config = transformers.EomtConfig(**sizes, num_hidden_layers=4, num_blocks=2, num_labels=CLASSES)
+    distiller = make(teacher=lambda: transformers.EomtForUniversalSegmentation(config))
+    assert [str(stage) for stage in distiller.taps["teacher"].stages] == [f"layers.{n} [16, 4, 4]" for n in (0, 1)]
+
+
 def test_queries_name_the_class_that_their_library_names():
     outputs = SimpleNamespace(
         class_queries_logits=torch.randn(2, 5, CLASSES + 1), masks_queries_logits=torch.randn(2, 5, 384, 384)

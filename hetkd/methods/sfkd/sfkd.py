@@ -51,6 +51,7 @@ class SFKD(LowFrequencyMethod):
         loss: ``"gffl"``; for comparison ``"mse"`` or ``"infonce"``, which compare pixels of the common grid, each
             standardised over the batch.
         sigma: Width of the Gaussian window as a fraction of the Nyquist frequency; ``math.inf`` weighs all waves alike.
+            Neither it nor ``keep`` is for the losses of pixels.
         **common: Options of `LowFrequencyMethod`.
 
     Raises:
