@@ -210,7 +210,10 @@ def find_classifier(model: Any) -> nn.Module | None:
     stage the last.
     """
     if hasattr(model, "get_classifier"):
-        classifier = model.get_classifier()
+        try:
+            classifier = model.get_classifier()
+        except AttributeError:  # timm's EfficientViT looks into a head that was taken off
+            return None
         while isinstance(classifier, (tuple, nn.ModuleList)):
             classifier = classifier[-1 if isinstance(classifier, nn.ModuleList) else 0] if len(classifier) else None
         return classifier if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.Identity) else None

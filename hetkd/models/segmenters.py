@@ -46,8 +46,8 @@ class TimmSegmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to logits ``[B, classes, h, w]`` at the stride of the finer stage."""
-        low, high = self.encoder.forward_intermediates(
+        maps = self.encoder.forward_intermediates(
             images, indices=self.stages, intermediates_only=True, norm=self.is_plain
         )
-        logits: Tensor = self.decoder(high) if self.is_plain else self.decoder({"low": low, "high": high})
+        logits: Tensor = self.decoder(maps[-1]) if self.is_plain else self.decoder({"low": maps[0], "high": maps[-1]})
         return logits
