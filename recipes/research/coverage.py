@@ -54,7 +54,7 @@ TRIED = (
     "in a small configuration{more}. A model works if all terms are finite and not zero, its logits are bit "
     "for bit those of a plain call, and its first layer gets a gradient."
 )
-MISSING = "**What is missing.** Other variants, pretrained weights, and training beyond one step."
+MISSING = "**Still missing.** Other variants, pretrained weights, and training beyond one step."
 
 console = Console(highlight=False, soft_wrap=True)
 
