@@ -57,7 +57,8 @@ def test_guide_of_your_photos(small_world, capsys):
 
 
 GUIDES = REPOSITORY / "docs" / "guides"
-LONG = {"deploy.md-0", "deploy.md-1", "report.md-0", "several-gpus.md-0", "troubleshooting.md-3"}
+LONG = {"deploy.md-0", "deploy.md-1", "report.md-0", "several-gpus.md-0"}
+LONG |= {"hugging-face-teacher.md-0", "troubleshooting.md-3"}
 """Snippets of guides that take more than five seconds, or leave a process group behind."""
 STAND_INS = {
     "hf:google/vit-base-patch16-224": "hf:vit",

@@ -121,6 +121,7 @@ def test_a_student_by_name_is_a_segmenter_where_the_teacher_is():
     assert distiller.predict(torch.rand(1, 3, 64, 64)).ndim == 4
 
 
+@pytest.mark.slow
 def test_training_learns_and_measures():
     data = stripes(32)
     distiller = Distiller(None, small(), "ce", input_size=(40, 56))
@@ -141,6 +142,7 @@ def stop_after(distiller, steps):
     distiller.method.forward = forward
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     options = {**QUIET, "epochs": 3, "checkpoint_steps": 1, "ema": 0.9}
     data = stripes(24)
@@ -288,6 +290,7 @@ def test_a_classifier_teaches_a_segmenter_by_its_features():
     distiller(torch.rand(4, 3, 64, 64), torch.zeros(4, 64, 64, dtype=torch.int64)).loss.backward()
 
 
+@pytest.mark.slow
 def test_several_teachers(folder):
     distiller = Distiller([segformer(), lraspp()], small(), "kd", input_size=(40, 56))
     assert {"teacher0.kd", "teacher1.kd"} <= set(distiller(*stripes(4)).terms)
