@@ -1,7 +1,7 @@
 """Segmenters: the stages of their encoders; what the decoder makes of them is no feature of its own."""
 
 from collections.abc import Sized
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -50,12 +50,11 @@ class SegmenterAdapter(GenericAdapter):
         return next((name for name in names if name in paths), None)
 
 
-def _adds_queries(model: nn.Module) -> bool:
+def _adds_queries(model: Any) -> bool:
     """Say whether a model is EoMT or its kin, which has no decoder: its last blocks see queries beside patches."""
     return hasattr(getattr(model, "config", None), "num_blocks") and isinstance(getattr(model, "layers", None), Sized)
 
 
-def _layers_without_queries(model: nn.Module) -> list[str]:
-    config = cast(Any, model).config
-    plain = config.num_hidden_layers - config.num_blocks
+def _layers_without_queries(model: Any) -> list[str]:
+    plain = model.config.num_hidden_layers - model.config.num_blocks
     return [f"layers.{index}" for index in range(plain)] or ["embeddings"]

@@ -105,12 +105,11 @@ class _Int8Layer(nn.Module):
         zero = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(weight.float(), scale, zero, 0, -127, 127).to(weight.dtype)
 
-    def forward(self, input: Tensor, *others: Any) -> Any:  # PyTorch's own name of it
-        x = input
-        low, high = self._range(x.detach())
+    def forward(self, input: Tensor, *others: Any) -> Any:  # the name that PyTorch's layers give it
+        low, high = self._range(input.detach())
         scale = ((high - low) / 255).clamp_min(_LEAST_SCALE)
         zero = (-low / scale).round().clamp(0, 255).int()
-        rounded = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, 255).to(x.dtype)
+        rounded = torch.fake_quantize_per_tensor_affine(input.float(), scale, zero, 0, 255).to(input.dtype)
         return super().forward(rounded, *others)
 
     @torch.no_grad()

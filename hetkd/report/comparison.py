@@ -69,9 +69,8 @@ def make_table(rows: Sequence[Row], protocol: Mapping[str, Any], failures: Failu
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
-    texts = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([texts[0], texts[1].replace(" ", ""), *texts[2:]])
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
+    return "\n".join([head, f"|---|{'--:|' * (len(columns) - 1)}", *body])
 
 
 def by_pair(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -176,7 +175,8 @@ def _pictures(rows: Sequence[Row]) -> list[str]:
     if methods:
         size = (_PANEL + 1.6, 1.2 + 0.3 * len(methods))
         found.append(drawn(_draw_gains, size, f"Gains over ce. Top-1: {said}.", rows, methods))
-    shown = [*best[: _IN_CURVES - 1], *(["ce"] if "ce" in best[_IN_CURVES - 1 :] else best[_IN_CURVES - 1 :][:1])]
+    others = best[_IN_CURVES - 1 :]
+    shown = [*best[: _IN_CURVES - 1], *(["ce"] if "ce" in others else others[:1])]
     curves = drawn(_draw_curves, (_PANEL + 1.6, 3.2), f"Top-1 by epoch of {', '.join(shown)}.", rows, shown)
     costs = drawn(_draw_costs, (_PANEL + 1.6, 3.2), "Top-1 by the seconds of a run.", rows, means)
     return [*found, curves, costs]

@@ -13,5 +13,5 @@ def render(name: str, page: Mapping[str, Any]) -> str:
     """
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(autoescape=True, loader=PackageLoader("hetkd.report", ""), trim_blocks=False)
+    environment = Environment(autoescape=True, loader=PackageLoader("hetkd.report", ""))
     return environment.get_template(name).render(page)

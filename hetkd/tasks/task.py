@@ -72,7 +72,7 @@ class Task(ABC):
 
     @abstractmethod
     def are_classes(self, labels: Any) -> bool:
-        """Say whether labels are classes, which answers are compared with."""
+        """Say whether labels are classes, which predictions are compared with."""
 
     @abstractmethod
     def predicted_and_true(self, logits: Tensor, labels: Any) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ import os
 import time
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,14 +37,14 @@ from dense_data import (
     record,
     teacher_name,
 )
-from gpu_teacher import Session
+from gpu_teacher import Session, start_session
 from jobs import Job, parse_method
 from study import make_optimizer
 from timing import now
 from torch import Tensor, multiprocessing, nn
 
 from hetkd import Distiller
-from hetkd.training.records import git_revision, machine
+from hetkd.training.records import machine
 
 STUDENTS = ["mobilenetv3_small_050", "resnet10t"]
 METHODS = ["ce", "kd", "cwd", "fitnet", "uhkd", "sfkd"]
@@ -65,14 +64,12 @@ class Study(NamedTuple):
 def main(words: list[str] | None = None) -> None:
     """Train the teacher, record it, and train students in several processes."""
     arguments = parse_arguments(words)
-    session = start_session(arguments)
+    session = start_session(arguments, "dense")
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
     splits = load_data(arguments, session.device)
     session.say(f"{', '.join(f'{len(x.masks)} {name}' for name, x in splits.items())} images on {machine()}")
     teacher = get_teacher(session, arguments, splits)
-    file = (
-        arguments.scratch
-        / f"views-{teacher_name(arguments)}-{arguments.views}x{len(splits['train'].masks)}.safetensors"
-    )
+    file = arguments.scratch / f"{arguments.views}-views-{teacher_name(arguments)}.safetensors"
     if not file.exists():
         record(session, teacher, splits["train"], arguments).save(file)
     jobs = [job for job in all_jobs(arguments) if job.key not in done_in(arguments.output)]
@@ -85,17 +82,6 @@ def main(words: list[str] | None = None) -> None:
     else:
         work_in_processes(arguments, jobs, ends, file)
     session.say("done")
-
-
-def start_session(arguments: argparse.Namespace) -> Session:
-    """Return a session with the facts that every line has."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    torch.backends.cudnn.benchmark = True
-    for folder in (arguments.output, arguments.scratch):
-        folder.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("hetkd", "torch", "timm")} | {"cuda": torch.version.cuda}
-    facts = {"git_revision": arguments.revision or git_revision(), "machine": machine(), "versions": versions}
-    return Session(device, 60 * arguments.minutes, arguments.output, facts, name="dense")
 
 
 def all_jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -133,7 +119,7 @@ def work_in_processes(arguments: argparse.Namespace, jobs: list[Job], ends: floa
 def work(arguments: argparse.Namespace, jobs: Any, ends: float, file: Path) -> None:
     """Train one student after another, of a list or a queue that ends with ``None``, until the time is over."""
     torch.set_num_threads(1)
-    session = start_session(arguments)
+    session = start_session(arguments, "dense")
     session.seconds = ends - time.time()
     views = Views.load(file, session.device)
     study = Study(session, build_teacher(arguments.teacher), views, load_data(arguments, session.device), arguments)

@@ -151,10 +151,8 @@ def get_teacher(session: Session, arguments: argparse.Namespace, splits: dict[st
 
 def teacher_name(arguments: argparse.Namespace) -> str:
     """Return what a teacher's file is called: one of random images, of some images or of few epochs is another one."""
-    limits = {"random": arguments.random, f"{arguments.images}-images": arguments.images}
-    return "-".join(
-        [arguments.teacher, f"{arguments.teacher_epochs}-epochs", *(name for name, x in limits.items() if x)]
-    )
+    images = "random-images" if arguments.random else f"{arguments.images or 'all'}-images"
+    return f"{arguments.teacher}-{arguments.teacher_epochs}-epochs-{images}"
 
 
 def build_teacher(name: str) -> nn.Module:

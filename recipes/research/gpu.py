@@ -28,21 +28,20 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from gpu_cost import COST_SECONDS, measure_compiled, measure_cost
-from gpu_teacher import Recorded, Session, build_student, get_teacher, load_data, make_distiller, record
+from gpu_teacher import Recorded, Session, build_student, get_teacher, load_data, make_distiller, record, start_session
 from jobs import SEARCHED, Job, parse_method
 from study import accuracy, make_optimizer
 from timing import now
 from torch import Tensor, nn
 
 from hetkd.data.sets import Labelled
-from hetkd.training.records import git_revision, machine
+from hetkd.training.records import machine
 
 WEIGHTS = "efficientnet_lite0/tf_efficientnet_lite0_timm.safetensors"
 STUDENTS = ["resnet18", "mobilenetv2"]
@@ -123,7 +122,7 @@ class Run:
 def main(words: list[str] | None = None) -> None:
     """Take the steps, one after another."""
     arguments = parse_arguments(words)
-    session = start_session(arguments)
+    session = start_session(arguments, "gpu")
     train, test = load_data(arguments, session.device)
     arguments.classes = int(train[1].max()) + 1
     session.say(f"{len(train[1])} training and {len(test[1])} test images on {machine()}")
@@ -140,16 +139,6 @@ def main(words: list[str] | None = None) -> None:
     if study is not None and "rest" in arguments.steps:
         train_students(study, chain(*rounds(arguments)[1:]))
     session.say(f"done, {session.failed} failures")
-
-
-def start_session(arguments: argparse.Namespace) -> Session:
-    """Return a session with the facts that every line has."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    torch.backends.cudnn.benchmark = True
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("hetkd", "torch", "timm")} | {"cuda": torch.version.cuda}
-    facts = {"git_revision": arguments.revision or git_revision(), "machine": machine(), "versions": versions}
-    return Session(device, 60 * arguments.minutes, arguments.output, facts)
 
 
 def rounds(arguments: argparse.Namespace) -> list[list[Job]]:

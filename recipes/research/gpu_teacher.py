@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hetkd.data.sets import Labelled
 from hetkd.features.pairing import POOLED
 from hetkd.methods.common.method import Targets
 from hetkd.models import build_small, load_weights, save_model
-from hetkd.training.records import Row
+from hetkd.training.records import Row, git_revision, machine
 
 TEACHER, TEACHER_PIXELS, PIXELS = "tf_efficientnet_lite0", 96, 32
 RECIPE: dict[str, Any] = {"epochs": 10, "lr": 1e-3, "weight_decay": 0.05, "batch_size": 256, "warmup": 0.1}
@@ -71,6 +72,16 @@ class Session:
     def autocast(self, enabled: bool = True, cache: bool = True) -> AbstractContextManager[None]:
         """Compute in bfloat16 where that is safe."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
+
+
+def start_session(arguments: argparse.Namespace, name: str) -> Session:
+    """Return a session with the facts that every line has."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    torch.backends.cudnn.benchmark = True
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    versions = {package: version(package) for package in ("hetkd", "torch", "timm")} | {"cuda": torch.version.cuda}
+    facts = {"git_revision": arguments.revision or git_revision(), "machine": machine(), "versions": versions}
+    return Session(device, 60 * arguments.minutes, arguments.output, facts, name)
 
 
 @dataclass
