@@ -17,7 +17,6 @@ from hetkd.training.batches import Batch
 from hetkd.training.callbacks import Moment, as_callbacks
 from hetkd.training.checkpoint import RunFolder
 from hetkd.training.evaluate import measure_as_taught
-from hetkd.training.frozen import only_used_parameters
 from hetkd.training.options import TrainingOptions
 from hetkd.training.progress import TrainingProgress
 from hetkd.training.run import EpochPart, FitResult, Run, score
@@ -27,6 +26,7 @@ from hetkd.training.sharding import share_buffers, synchronised_batchnorm, unsha
 from hetkd.training.signals import end_without_traceback
 from hetkd.training.terms import Terms, TrainingDiverged, refuse_broken_weights
 from hetkd.training.trackers import Trackers
+from hetkd.training.unused import unused_parameters
 from hetkd.utils.checks import whole_number
 from hetkd.utils.distributed import largest_of_processes
 
@@ -57,10 +57,8 @@ def fit(
         accelerator = make_accelerator(checked, None if folder is None else folder.path)
         if folder is not None and accelerator.is_main_process:
             stack.enter_context(folder.locked())
-        if accelerator.num_processes > 1:  # DDP waits for gradients
-            # A student that FSDP is to shard may not fit on one device.
-            device = torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
-            stack.enter_context(only_used_parameters(distillation, device))
+        if accelerator.num_processes > 1:
+            stack.enter_context(unused_parameters(distillation, accelerator))
         if checked.sync_batchnorm and accelerator.num_processes > 1:
             stack.enter_context(synchronised_batchnorm(distillation.student, accelerator))
         stack.callback(accelerator.unwrap_model, distillation, keep_fp32_wrapper=False)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from hetkd.distillation import Distillation
 from hetkd.features.hooks import find_classifier
@@ -27,7 +27,7 @@ def make_optimizer(distillation: Distillation, options: TrainingOptions, acceler
         return made
     # timm's "sgd" has Nesterov's momentum, which must not be 0.
     name = "momentum" if options.optimizer == "sgd" and not options.momentum else options.optimizer
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         groups or distillation,
         opt=name,
         lr=options.peak_lr,
@@ -35,6 +35,18 @@ def make_optimizer(distillation: Distillation, options: TrainingOptions, acceler
         momentum=options.momentum,
         **{**fused_update(options.optimizer, accelerator), **more},
     )
+    if isinstance(optimizer, SGD):
+        optimizer.register_step_pre_hook(_fill_momentum)
+    return optimizer
+
+
+def _fill_momentum(optimizer: Optimizer, *_: Any) -> None:
+    """Begin all momenta at 0: PyTorch's fused SGD fails where a parameter gets its first gradient after others."""
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                if "momentum_buffer" not in optimizer.state[parameter]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _groups_with_rates(distillation: Distillation, options: TrainingOptions) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from conftest import tiny_cnn, tiny_norm_free, tiny_vit
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
@@ -186,6 +187,37 @@ class Damaged(torch.utils.data.Dataset):
         return self.images[index], self.labels[index]
 
 
+class Branching(nn.Module):
+    """Bright images take a way of their own; an extra head runs in training, and no loss depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.extra, self.head = nn.Linear(8, 2), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = x.mean((1, 2, 3)) > 1.5
+        x = self.stem(x)
+        if bright.any():
+            x = torch.where(bright[:, None, None, None], self.branch(x), x)
+        if self.training:
+            self.extra(x.mean((2, 3)))
+        return self.head(x.mean((2, 3)))
+
+
+def branching() -> dict:
+    """Returns a student of which few batches of one process, and no image at the start, reach a branch."""
+    torch.manual_seed(0)
+    student = Branching()
+    before = student.branch.weight.detach().clone()
+    images, labels = data(64)
+    images[5] = 1.0
+    distiller = Distiller(None, student, "ce", input_size=32)
+    result = distiller.fit((images, labels), data(), epochs=1, **SETTINGS)
+    weights = {name: p.detach() for name, p in student.named_parameters()}
+    return {**result.history[-1], "weights": weights, "moved": (student.branch.weight - before).abs().sum().item()}
+
+
 def skipping() -> dict[str, float]:
     """Returns the last record of a run over images of which six cannot be read."""
     train = Damaged({1, 4, 9, 16, 25, 31})
@@ -298,6 +330,7 @@ def main(out: Path) -> None:
         "teacher sharded": training(teacher_placement="sharded"),
         "teacher offloaded": training(teacher_placement="offloaded"),
         "label-free": training("sfkd", {"ce_weight": 0, "kd_weight": 0}, labels=False),
+        "branching": branching(),
         "middle stages": training("fitnet", {"ce_weight": 0, "stages": [1]}, labels=False),
     }
     if accelerator.num_processes > 1:

@@ -121,6 +121,13 @@ def test_parameters_without_a_loss_do_not_hold_ddp_up(one_and_two, case):
     assert_same(two[case], one[case], tolerance=1e-4)
 
 
+def test_a_branch_that_few_images_reach_is_trained_by_all_processes(one_and_two):
+    one, (first, second) = one_and_two
+    assert one["branching"]["moved"] > 0
+    assert_same(second["branching"], first["branching"])
+    assert_same(first["branching"], one["branching"], tolerance=1e-6)
+
+
 def test_a_signal_to_one_process_stops_all_and_the_run_resumes_exactly(one_and_two):
     _, both = one_and_two
     for results in both:
