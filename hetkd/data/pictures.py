@@ -74,16 +74,17 @@ def upright_8bit(image: Any, mode: str) -> Any:
         >>> upright_8bit(Image.new("I;16", (1, 1), 65535 // 2), "L").getpixel((0, 0))
         127
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would copy all pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _scaled(image)
     if is_transparent(image):
         image = image.convert("RGBA")
         laid = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         image = Image.alpha_composite(laid, image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _scaled(image: Any) -> Any:

@@ -108,7 +108,8 @@ def checked_label(label: Any, name: str) -> Any:
 
 def as_picture(image: Any) -> Any:
     """Return a NumPy image ``[H, W]`` or ``[H, W, C]`` of 8 bits as a PIL image, another one as a tensor."""
-    if isinstance(image, Tensor) or not hasattr(image, "__array_interface__") or hasattr(image, "convert"):
+    # A picture is asked for its array last: that encodes all its pixels.
+    if isinstance(image, Tensor) or hasattr(image, "convert") or not hasattr(image, "__array_interface__"):
         return image
     import numpy as np
     from PIL import Image
