@@ -89,6 +89,7 @@ def test_channels_of_a_stem_that_rearranges_pixels():
     assert d.taps["teacher"].spec.channels == 3
 
 
+@pytest.mark.slow
 def test_efficientnet_lite0_on_imagenet_through_hetkds_own_input_transform(data_folder):
     weights = data_folder / "efficientnet_lite0" / "tf_efficientnet_lite0_timm.safetensors"
     model = load_model("tf_efficientnet_lite0", weights=weights)

@@ -61,7 +61,7 @@ class TestExactResume:
         for key, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[key]), key
 
-    @pytest.mark.parametrize("method", ["sfkd", "crd", "rsd"])
+    @pytest.mark.parametrize("method", ["sfkd", *(pytest.param(x, marks=pytest.mark.slow) for x in ("crd", "rsd"))])
     def test_within_an_epoch(self, tmp_path, method):
         augment = K.RandomHorizontalFlip(p=0.5)
         options = {"ema": 0.9, "mixup": 0.3, "cutmix": 1.0, "augment": augment, "checkpoint_steps": 1}
@@ -70,7 +70,7 @@ class TestExactResume:
     def test_with_accumulated_gradients(self, tmp_path):
         self.check(tmp_path, bright_or_dark(48), (5, 4), "kd", gradient_accumulation=2, checkpoint_steps=2)
 
-    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
     def test_with_random_crops_of_pictures_in_a_folder(self, tmp_path, workers):
         generator = torch.Generator().manual_seed(3)
         for index in range(32):
