@@ -330,7 +330,7 @@ def test_import_is_light():
     import subprocess
     import sys
 
-    heavy = ("timm", "transformers", "kornia", "torchvision", "accelerate")
+    heavy = ("timm", "transformers", "kornia", "torchvision", "accelerate", "rich", "hetkd.training")
     code = f"import sys, hetkd; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert result.stdout.strip() == "[]"
