@@ -181,7 +181,18 @@ def _add_options(parser: argparse.ArgumentParser, function: Any, without: Sequen
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=words)
             continue
         needed = parameter.default is parameter.empty
-        group.add_argument(flag, type=_value, required=needed, default=argparse.SUPPRESS, metavar="VALUE", help=words)
+        read = _text if _is_text(parameter.annotation) else _value
+        group.add_argument(flag, type=read, required=needed, default=argparse.SUPPRESS, metavar="VALUE", help=words)
+
+
+def _is_text(annotation: Any) -> bool:
+    """Say whether an option is a text or a path, which may look like a number: ``--output-dir 2024_01``."""
+    kinds = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return {kind.strip() for kind in kinds.split("|")} <= {"str", "Path", "pathlib.Path", "Any", "typing.Any", "None"}
+
+
+def _text(text: str) -> str | None:
+    return None if text == "None" else text
 
 
 def _value(text: str) -> Any:

@@ -17,7 +17,7 @@ from hetkd.methods.common.stagewise import count_parameters
 from hetkd.models.hugging_face import copy_label_names
 from hetkd.models.inputs import Normalization
 from hetkd.models.load import is_file, load_model
-from hetkd.models.wrappers import tapped_module, unwrap
+from hetkd.models.wrappers import tapped_module, trained_memory, unwrap
 from hetkd.plan import Plan, PlanRow
 from hetkd.tasks import Task, is_dense_task, make_task
 from hetkd.teachers import MultiTeacher, RecordedTap, RecordedTeachers, Teachers, parts_of
@@ -143,15 +143,16 @@ def _check_task(method: Method, teachers: Sequence[Tap]) -> None:
 
 
 def _refuse_shared_modules(student: nn.Module, teachers: Sequence[Tap]) -> None:
-    own = {id(parameter): name for name, parameter in student.named_parameters()}
+    own = trained_memory(student)
     for tap in teachers:
         if tapped_module(student) is tap.model:
             raise ValueError("teacher and student are the same module; pass a copy.deepcopy as the student.")
-        shared = [own[id(parameter)] for parameter in tap.model.parameters() if id(parameter) in own]
+        theirs = trained_memory(tap.model)
+        shared = [name for where, name in own.items() if where in theirs]
         if shared:
             raise ValueError(
-                f"the {tap.role} and the student share parameters ({', '.join(shared[:3])}), which would be frozen: "
-                "pass a copy.deepcopy as the student."
+                f"the {tap.role} and the student share parameters or statistics ({', '.join(shared[:3])}), which would "
+                "be frozen, or trained in both: pass a copy.deepcopy as the student."
             )
 
 
@@ -303,8 +304,8 @@ def _check_classes(teacher: Tap, student: Tap) -> None:
 def _refuse_probabilities(tap: Tap) -> None:
     if tap.yields_probabilities:
         raise ValueError(
-            f"the {tap.role} yields probabilities, which sum to 1, but losses take logits: leave its softmax out, or "
-            "have it return their logarithm, model(images).log()."
+            f"the {tap.role} yields probabilities, all between 0 and 1, but losses take logits: leave its softmax or "
+            "sigmoid out, or undo it: model(images).log() after a softmax, .logit() after a sigmoid."
         )
 
 

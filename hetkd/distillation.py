@@ -224,7 +224,7 @@ class Distillation(nn.Module):
         return {f"student.{name}" for name in names}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("student", "method", "teachers") and name in vars(self).get("_modules", {}):
+        if name == "teacher" or (name in ("student", "method", "teachers") and name in vars(self).get("_modules", {})):
             raise AttributeError(f"the {name} of a distiller is fixed: make a new Distiller.")
         super().__setattr__(name, value)
 

@@ -82,8 +82,9 @@ class Distiller(InspectedDistillation):
         """Train the student with Hugging Face Accelerate, on the devices and processes that it finds.
 
         Args:
-            train: A folder of class folders, a dataset of (image, label), tensors ``(images, labels)``, or a loader of
-                such batches. With ``ce_weight=0`` also without labels: a folder, dataset, tensor or loader of images.
+            train: A folder of class folders, a dataset of (image, label), tensors or NumPy arrays ``(images, labels)``,
+                or a loader of such batches. With ``ce_weight=0`` also without labels: a folder, dataset, tensor or
+                loader of images.
             val: The same, for `evaluate` after each epoch; ``None`` skips it. Without labels that teach: any images.
             epochs: Passes over the training data; needed unless there is ``max_steps``.
             output_dir: Folder for checkpoints, history and the student; ``None`` writes nothing.

@@ -32,6 +32,7 @@ from hetkd.training.classifier import fit_classifier
 from hetkd.training.options import TrainingOptions
 from hetkd.utils.checks import whole_number
 from hetkd.utils.distributed import is_first_process
+from hetkd.utils.files import output_folder
 
 if TYPE_CHECKING:
     from hetkd.training.option_types import FitOptions
@@ -120,7 +121,7 @@ def finetune(
     chosen = {**_DEFAULTS, **options}
     classes, steps = _facts(train, keys, chosen["batch_size"])
     distiller = _distiller(model, num_classes or classes, weights, input_size)
-    path = Path(output_dir).expanduser() / f"{_file_name(distiller.student)}.safetensors"
+    path = output_folder(output_dir) / f"{_file_name(distiller.student)}.safetensors"
     epochs = _epochs(epochs, steps)
     chosen = {**_schedule(epochs, steps, path), **({} if val is None else {"patience": _patience(steps)}), **chosen}
     _check(path, chosen, resume=resume)

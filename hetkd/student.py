@@ -95,6 +95,7 @@ class Student:
 
         Raises:
             FileNotFoundError: If there is no such file.
+            TypeError: If it is none of these.
             ValueError: If a folder has no pictures, or images have a wrong rank, channel count or range.
             OSError: If a file cannot be read.
 
@@ -120,6 +121,12 @@ class Student:
 
     def _pixels(self, picture: Any) -> Tensor:
         picture = open_picture(picture) if isinstance(picture, (str, Path)) else as_picture(picture)
+        if not (isinstance(picture, Tensor) or hasattr(picture, "convert")):
+            raise TypeError(
+                f"a picture must be a path, a PIL image, an array [H, W, C] or a tensor [C, H, W], got "
+                f"{type(picture).__name__}; several come in a list: predict(list(pictures)). Bytes of a file: "
+                "PIL.Image.open(io.BytesIO(data))."
+            )
         if not isinstance(picture, Tensor):
             return picture_tensor(picture, self._spec)
         check_images(picture[None], self._spec.channels, look_at_values=True, normalized=False)

@@ -13,6 +13,7 @@ from hetkd.features.tap import Size, Tap, as_size
 from hetkd.methods.common.combined import Composite, checked_weights, target_name
 from hetkd.methods.common.method import Method, Targets
 from hetkd.models.inputs import InputSpec, InputTransform, Normalization
+from hetkd.models.labels import Labels, model_labels
 from hetkd.utils.checks import unknown_name
 
 
@@ -118,6 +119,7 @@ class RecordedTeacher:
         pooled: Length of the vector before the classifier, or ``None``.
         stages: Those that can be chosen.
         is_dense: Whether its logits are maps.
+        label_names: The names of its classes, if it carries them.
     """
 
     cache: str
@@ -129,25 +131,29 @@ class RecordedTeacher:
     pooled: int | None
     stages: tuple[Stage, ...]
     is_dense: bool = False
+    label_names: tuple[tuple[str, ...], ...] | None = None
 
     @classmethod
     def of(cls, tap: Tap, fingerprint: str) -> "RecordedTeacher":
         """Return what to record of a live teacher."""
-        known = tap.spec, tap.size, tap.classes, tap.pooled, tuple(tap.stages), tap.is_dense
+        names = tuple(tap.labels.names) if tap.labels is not None and tap.labels.certain else None
+        known = tap.spec, tap.size, tap.classes, tap.pooled, tuple(tap.stages), tap.is_dense, names
         return cls("", tap.title, fingerprint, *known)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values, without the folder."""
         values = asdict(self)
-        for name in ("cache", *(() if self.is_dense else ("is_dense",))):
-            del values[name]
-        return values
+        unused = [name for name in ("is_dense", "label_names") if not values[name]]
+        return {name: value for name, value in values.items() if name not in ("cache", *unused)}
 
     @classmethod
     def from_json(cls, cache: str, values: dict[str, Any]) -> "RecordedTeacher":
         """Read the values of `to_json`."""
         spec, stages = InputSpec(**values["spec"]), tuple(Stage(**stage) for stage in values["stages"])
-        return cls(**{**values, "cache": cache, "spec": spec, "size": tuple(values["size"]), "stages": stages})
+        names = values.get("label_names")
+        label_names = None if names is None else tuple(tuple(each) for each in names)
+        read = {"cache": cache, "spec": spec, "size": tuple(values["size"]), "stages": stages}
+        return cls(**{**values, **read, "label_names": label_names})
 
 
 class RecordedTap(Tap):
@@ -169,6 +175,12 @@ class RecordedTap(Tap):
         self.inputs = InputTransform(self.spec, self.size, normalized)
         self.names = []
         self.placement, self.fingerprint = "cache", recorded.fingerprint
+
+    @property
+    def labels(self) -> Labels | None:
+        """The names of the teacher's classes, as far as the cache knows them."""
+        names = self.recorded.label_names
+        return model_labels(self.model, self.classes) if names is None else Labels(list(names), certain=True)
 
     @property
     def title(self) -> str:

@@ -1,15 +1,21 @@
 """Fingerprints of models, method and data: a cache is refused where they differ."""
 
 import hashlib
+import os
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hetkd.cache.records import TeacherCache
 from hetkd.data.images import TensorImages, TransformedImages
+from hetkd.data.labels import known_labels
+from hetkd.features.tap import Tap
 from hetkd.teachers import Teachers
 
 _CHECKED_SAMPLES = 16
+_PIXEL_BYTES = 2**28
 _WORDS = {
     "data": "data set or input transform",
     "inputs": "size or normalisation of the images that a teacher sees",
@@ -24,7 +30,7 @@ def fingerprints(teachers: Teachers, dataset: TransformedImages) -> dict[str, An
         "samples": len(dataset),
         "targets": teachers.method.describe_targets(),
         "teacher": teachers.fingerprints(),
-        "inputs": _inputs(teachers),
+        "inputs": input_transforms(teachers.taps),
         "data": fingerprint_data(dataset),
     }
 
@@ -74,10 +80,23 @@ def image_of(sample: Any) -> Tensor:
     return image
 
 
-def _inputs(teachers: Teachers) -> dict[str, Any]:
-    """Return the input transform of each teacher."""
+def fingerprint_content(dataset: TransformedImages | TensorImages) -> str:
+    """Return a digest of all labels, as far as they are known, with the names of files or with pixels in memory."""
+    digest, labels = hashlib.sha256(), known_labels(dataset)
+    if labels is not None:
+        digest.update(labels.numpy().tobytes())
+    if isinstance(dataset, TensorImages):
+        step = max(1, dataset.images.nbytes // _PIXEL_BYTES)
+        digest.update(dataset.images[::step].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    else:
+        digest.update("\n".join(os.path.basename(dataset.name_of(n)) for n in range(len(dataset))).encode())
+    return digest.hexdigest()
+
+
+def input_transforms(taps: Sequence[Tap]) -> dict[str, Any]:
+    """Return the input transform of each model."""
     inputs: dict[str, Any] = {}
-    for tap in teachers.taps:
+    for tap in taps:
         inputs[f"{tap.role} size"] = list(tap.size)
         inputs[f"{tap.role} scale"] = tap.inputs.scale.flatten().tolist()
         inputs[f"{tap.role} shift"] = tap.inputs.shift.flatten().tolist()

@@ -1,43 +1,106 @@
 """Class names: those of a data set, and how its labels become those of a model or of other data."""
 
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Names = Sequence[tuple[str, ...]]
 
 
-def class_names(dataset: Any) -> list[str] | None:
+def class_names(dataset: Any, label: str | None = None) -> list[str] | None:
     """Return the names of a data set's classes, in the order of its labels, or ``None`` where it has none.
 
-    Folders, torchvision's data sets (``classes``) and Hugging Face's (``ClassLabel``) have them; so do their subsets.
+    Folders, torchvision's data sets (``classes``, numbered by ``class_to_idx`` and ``target_transform``) and Hugging
+    Face's (``ClassLabel``) have them; so do their subsets and sums, and loaders of them.
+
+    Args:
+        dataset: One of these.
+        label: The column of labels, where there are several.
+
+    Raises:
+        ValueError: If the parts of a sum number their classes differently.
     """
-    if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
-        return class_names(dataset.dataset)
+    if hasattr(dataset, "dataset") and (hasattr(dataset, "indices") or hasattr(dataset, "batch_sampler")):
+        return class_names(dataset.dataset, label)
+    if hasattr(dataset, "datasets") and hasattr(dataset, "cumulative_sizes"):
+        return _names_in_common([class_names(part, label) for part in dataset.datasets])
+    features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping):
+        return _names_of_column(features, label)
     names = getattr(dataset, "classes", None)
-    if names is None:
-        features = getattr(dataset, "features", None)
-        columns = features.values() if isinstance(features, Mapping) else ()
-        labels = [column for column in columns if type(column).__name__ == "ClassLabel"]
-        names = labels[0].names if len(labels) == 1 else None
-    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not names:
         return None
-    return list(names)
+    firsts = [name[0] if isinstance(name, (list, tuple)) and name else name for name in names]
+    if not all(isinstance(name, str) for name in firsts):
+        return None
+    numbers = getattr(dataset, "class_to_idx", None)
+    if isinstance(numbers, Mapping) and all(name in numbers for name in firsts):
+        return _numbered(firsts, [numbers[name] for name in firsts], dataset)
+    return _numbered(firsts, list(range(len(firsts))), dataset)
+
+
+def _names_in_common(names: list[list[str] | None]) -> list[str] | None:
+    known = [each for each in names if each is not None]
+    if any(each != known[0] for each in known):
+        listed = "; ".join(_listed(each) for each in known)
+        raise ValueError(
+            f"parts of a sum of data sets number other classes from 0 ({listed}): put the images into one folder of "
+            "class folders, or give each part a target_transform to common numbers and no attribute classes."
+        )
+    return known[0] if known and len(known) == len(names) else None
+
+
+def _names_of_column(features: Mapping[str, Any], label: str | None) -> list[str] | None:
+    columns = {name: x for name, x in features.items() if type(x).__name__ == "ClassLabel"}
+    if label is None and len(columns) == 1:
+        label = next(iter(columns))
+    return list(columns[label].names) if label in columns else None
+
+
+def _numbered(names: list[str], numbers: list[Any], dataset: Any) -> list[str] | None:
+    """Return names in the order of the labels that come out; ``None`` where several classes get one number."""
+    transform = getattr(dataset, "target_transform", None)
+    try:
+        labels = [int(number if transform is None else transform(number)) for number in numbers]
+    except Exception:  # of the user's own function, which may want something else than a number
+        return None
+    if sorted(labels) != list(range(len(names))):
+        return None
+    return [name for _, name in sorted(zip(labels, names, strict=True))]
 
 
 def match(names: Sequence[str], targets: Names) -> list[int | None]:
-    """Return for each name the number of the target that has it among its names, or ``None``; case does not count.
+    """Return for each name the number of the target that has it among its names, or ``None``.
+
+    Case, hyphens and underscores do not count, unless they tell two names apart.
 
     Example:
         >>> match(["Tench", "goldfish", "cat"], [("n01443537", "goldfish"), ("n01440764", "tench")])
         [1, 0, None]
+        >>> match(["a", "A"], [("A",), ("a",)])
+        [1, 0]
     """
+    exact, alike = _numbers(targets, _composed), _numbers(targets, _plain)
+    found = [exact.get(_composed(name)) for name in names]
+    taken, count = set(found), Counter(map(_plain, names))
+    for index, name in enumerate(names):
+        number = alike.get(_plain(name))
+        if found[index] is None and count[_plain(name)] == 1 and number not in taken:
+            found[index] = number
+    return found
+
+
+def _numbers(targets: Names, form: Callable[[str], str]) -> dict[str, int | None]:
+    """Return the number of the target with each name, its first before the others; ``None`` for a name of two."""
     known: dict[str, int | None] = {}
+    firsts: dict[str, int | None] = {}
     for number, synonyms in enumerate(targets):
-        for synonym in dict.fromkeys(map(_plain, synonyms)):
-            known[synonym] = None if synonym in known else number  # a name of two classes tells none of them
-    for number, synonyms in enumerate(targets):
-        known[_plain(synonyms[0])] = number
-    return [known.get(_plain(name)) for name in names]
+        for synonym in dict.fromkeys(map(form, synonyms)):
+            known[synonym] = None if synonym in known else number
+        first = form(synonyms[0])
+        firsts[first] = None if first in firsts else number
+    return known | firsts
 
 
 def label_map(names: Sequence[str], targets: Sequence[str], what: str, other: str) -> tuple[list[int], list[str]]:
@@ -63,8 +126,12 @@ def label_map(names: Sequence[str], targets: Sequence[str], what: str, other: st
     return numbers, [name for number, name in enumerate(targets) if number not in numbers]
 
 
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").replace("-", " ").lower().split())
+    return " ".join(_composed(name).replace("_", " ").replace("-", " ").casefold().split())
 
 
 def _listed(names: list[str]) -> str:

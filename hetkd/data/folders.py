@@ -1,8 +1,10 @@
 """Folders of images: one folder a class, or images alone."""
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ from torch.utils.data import Dataset
 from hetkd.data.pictures import open_picture
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_SPLIT = re.compile(  # train2017, test_set, ...
+    r"(train|training|trainval|val|valid|validation|eval|evaluation|dev|test|testing)"
+    r"[\W_]*(set|split|data|images)?[\W_]*\d*",
+    re.IGNORECASE,
+)
 _LITTER = {"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
-_LITTER_FILES = {"thumbs.db", "desktop.ini"}
+_LITTER |= {"thumbs.db", "desktop.ini"}
 
 
 class ImageFiles(Dataset[Any]):
@@ -32,7 +38,8 @@ class ImageFiles(Dataset[Any]):
 class ClassFolders(Dataset[Any]):
     """Images in one folder a class; labels follow the alphabetical order of the folders.
 
-    Hidden folders and what systems leave behind (``__MACOSX``, ``@eaDir``, ...) are no classes.
+    Images in subfolders of a class count. Hidden folders and what systems leave behind (``__MACOSX``, ``@eaDir``, ...)
+    do not, at any depth, nor do links that lead back to a folder that holds them.
 
     Args:
         path: The folder of the class folders.
@@ -48,19 +55,21 @@ class ClassFolders(Dataset[Any]):
     """
 
     def __init__(self, path: Path, what: str) -> None:
-        folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not _is_litter(entry))
+        folders = subfolders(path)
         names = [folder.name for folder in folders]
         _refuse_splits(path, what, names)
         self.path, self.classes = path, names
         self.samples: list[tuple[str, int]] = []
         left_out: Counter[str] = Counter()
+        inner: dict[str, set[str]] = {}
         for label, folder in enumerate(folders):
-            for file in _files(folder):
-                if file.suffix.lower() in EXTENSIONS:
-                    self.samples.append((str(file), label))
-                else:
-                    left_out[file.suffix.lower() or "no extension"] += 1
-        empty = [name for label, name in enumerate(names) if not any(label == own for _, own in self.samples)]
+            files = list(_files(folder))
+            images = [str(file) for file in files if is_image(file)]
+            left_out.update(file.suffix.lower() or "no extension" for file in files if not is_image(file))
+            self.samples += [(image, label) for image in images]
+            inner[folder.name] = _inner_folders(folder, images)
+        _refuse_folds(path, what, inner)
+        empty = [name for name in names if not inner[name]]
         if not names or len(empty) == len(names):
             raise ValueError(
                 f"{what}={str(path)!r} must hold one folder of images a class, or images alone"
@@ -71,7 +80,8 @@ class ClassFolders(Dataset[Any]):
                 f"{what}={str(path)!r} has class folders without images: {', '.join(empty)}. Remove them, or put "
                 f"images there ({', '.join(sorted(EXTENSIONS))})."
             )
-        self.notes = _notes(what, names, left_out)
+        beside = [entry.name for entry in visible(path) if is_image(entry) and entry.is_file()]
+        self.notes = _notes(what, names, left_out, beside)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -91,55 +101,117 @@ def open_folder(path: Path, what: str) -> ImageFiles | ClassFolders:
     path = path.expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"{what}={str(path)!r} is no folder.")
-    entries = [entry for entry in sorted(path.iterdir()) if not _is_litter(entry)]
-    images = [entry for entry in entries if entry.suffix.lower() in EXTENSIONS]
-    if images and not any(entry.is_dir() for entry in entries):
+    images = [entry for entry in visible(path) if is_image(entry)]
+    if images and not subfolders(path):
         return ImageFiles(images)
     return ClassFolders(path, what)
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Return the pictures of a folder and its visible subfolders, sorted.
+    """Return the pictures of a folder and its subfolders, sorted, without what is hidden or litter.
 
     Raises:
         ValueError: If there are none.
     """
-    found = [path for path in _files(folder) if path.suffix.lower() in EXTENSIONS]
+    found = [path for path in _files(folder) if is_image(path)]
     if not found:
         raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(EXTENSIONS))}).")
     return found
 
 
+def is_image(file: Path) -> bool:
+    """Say whether a file is an image, by its name."""
+    return file.suffix.lower() in EXTENSIONS
+
+
+def visible(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted, without what is hidden or left behind by systems."""
+    return sorted(entry for entry in folder.iterdir() if not _is_litter(entry.name))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the visible folders in a folder, sorted."""
+    return [entry for entry in visible(folder) if entry.is_dir() and not _leads_back(entry, folder)]
+
+
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder and its visible subfolders, as torchvision orders them."""
-    for root, _, names in sorted(os.walk(folder, followlinks=True)):
-        inside = Path(root).relative_to(folder).parts
-        if not any(part.startswith(".") for part in inside):
-            yield from (path for path in (Path(root) / name for name in sorted(names)) if not _is_litter(path))
+    """Yield the visible files of a folder and its visible subfolders, as torchvision orders them."""
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [n for n in folders if not _is_litter(n) and not _leads_back(Path(root, n), folder)]
+        found.append((root, names))
+    for root, names in sorted(found):
+        yield from (Path(root, name) for name in sorted(names) if not _is_litter(name))
 
 
-def _is_litter(entry: Path) -> bool:
-    return entry.name.startswith(".") or entry.name.lower() in (_LITTER_FILES if entry.is_file() else _LITTER)
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def _leads_back(entry: Path, top: Path) -> bool:
+    """Say whether a link leads to a folder on the way from ``top`` to it, or to one that holds such a folder."""
+    if not entry.is_symlink():
+        return False
+    target = entry.resolve()
+    return any(step.resolve().is_relative_to(target) for step in entry.parents if step.is_relative_to(top))
+
+
+def _inner_folders(folder: Path, images: Iterable[str]) -> set[str]:
+    """Return the names of the subfolders of a class that hold its images; ``""`` is the class folder itself."""
+    start = len(str(folder)) + 1
+    return {image[start:].rpartition(os.sep)[0].partition(os.sep)[0] for image in images}
 
 
 def _refuse_splits(path: Path, what: str, names: list[str]) -> None:
-    splits = [name for name in names if name.lower() in _SPLITS]
-    if not splits or len(splits) < len(names):
-        return
-    train = next((name for name in names if name.lower().startswith("train")), splits[0])
-    val = next((name for name in splits if name != train), None)
-    call = f"fit({str(path / train)!r}" + (f", {str(path / val)!r})" if val else ")")
-    raise ValueError(f"{what}={str(path)!r} holds {' and '.join(splits)} instead of classes: call {call}.")
+    """Refuse folders with the names of splits; one such name beside others may be a class, as a train is."""
+    splits = [name for name in names if _SPLIT.fullmatch(name)]
+    if splits and len(splits) >= min(2, len(names)):
+        raise ValueError(f"{_instead(path, what, splits)} If they are classes, rename them.")
 
 
-def _notes(what: str, names: list[str], left_out: Counter[str]) -> list[str]:
+def _refuse_folds(path: Path, what: str, inner: Mapping[str, set[str]]) -> None:
+    """Refuse splits of any name: folders without images of their own whose subfolders have the same names.
+
+    Args:
+        path: The folder.
+        what: Name of the argument.
+        inner: By its name the subfolders of each folder, see `_inner_folders`.
+    """
+    nested = {name: folders for name, folders in inner.items() if folders and "" not in folders}
+    often = Counter(chain.from_iterable(nested.values()))
+    alike = [name for name, own in nested.items() if 2 * sum(often[each] > 1 for each in own) >= len(own)]
+    if len(alike) > 1 and 2 * len(alike) >= len(inner):  # a few classes among many may be nested alike
+        shared = next(each for each in sorted(often) if often[each] > 1)
+        raise ValueError(
+            f"{_instead(path, what, alike)} They hold folders of the same names, as {shared!r}; if they are classes, "
+            "move their images out of these subfolders."
+        )
+
+
+def _instead(path: Path, what: str, splits: list[str]) -> str:
+    """Return the part of an error that says which call was meant."""
+    train = next((name for name in splits if name.lower().startswith("train")), splits[0])
+    others = [name for name in splits if name != train]
+    val = next((name for name in others if not name.lower().startswith("test")), next(iter(others), None))
+    call = f"call fit({str(path / train)!r}" + (f", {str(path / val)!r})" if val else ")")
+    cure = call if what == "train" else f"give {str(path / (val or train))!r}"
+    return f"{what}={str(path)!r} holds {_some(splits, ' and ')} instead of classes: {cure}."
+
+
+def _notes(what: str, names: list[str], left_out: Counter[str], beside: list[str]) -> list[str]:
     notes = []
     if left_out:
         notes.append(f"{what}: files with {_counted(left_out)} are left out")
+    if beside:
+        notes.append(f"{what}: {len(beside)} images beside the class folders are left out: {_some(beside, ', ')}")
     if all(name.isdecimal() for name in names) and sorted(names, key=int) != names:
         first = next(index for index, (a, b) in enumerate(zip(names, sorted(names, key=int), strict=True)) if a != b)
         notes.append(f"{what}: class folders sort as text: label {first} is folder {names[first]!r}; pad with zeros")
     return notes
+
+
+def _some(names: list[str], separator: str) -> str:
+    return separator.join(names[:5]) + (f"{separator}... ({len(names)})" if len(names) > 5 else "")
 
 
 def _counted(left_out: Counter[str]) -> str:

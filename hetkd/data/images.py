@@ -1,9 +1,10 @@
 """Loaders from what people have: folders, datasets, tensors, loaders."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,38 +12,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from hetkd.data.classes import class_names, label_map
 from hetkd.data.folders import open_folder
-from hetkd.data.pictures import UnreadableImage, is_of_content, is_transparent, name_of, raise_for_content
-from hetkd.data.samples import Keys, as_picture, checked_label, images_and_labels, keys_of
+from hetkd.data.memory import TensorImages as TensorImages
+from hetkd.data.memory import in_memory
+from hetkd.data.pictures import (
+    UnreadableImage,
+    check_is_picture,
+    is_of_content,
+    is_transparent,
+    name_of,
+    raise_for_content,
+)
+from hetkd.data.samples import Keys, as_picture, check_alike, checked_label, images_and_labels, keys_of
 from hetkd.data.seeding import sample_seed, seeded
 from hetkd.data.transforms import image_transform
 from hetkd.models.inputs import InputSpec
-
-
-class TensorImages(Dataset[Any]):
-    """Images and labels in memory; a whole batch is one indexing operation.
-
-    Args:
-        images: ``[N, C, H, W]``, uint8 or float in [0, 1].
-        labels: ``[N]``, int64, or ``None``: then samples are images alone.
-
-    Raises:
-        ValueError: If the numbers of images and labels differ.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor | None) -> None:
-        if labels is not None and len(images) != len(labels):
-            raise ValueError(f"{len(images)} images, but {len(labels)} labels.")
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int | list[int] | slice) -> Any:
-        return self.images[index] if self.labels is None else (self.images[index], self.labels[index])
-
-    def __getitems__(self, indices: list[int]) -> Any:
-        """Return a batch; PyTorch's loader asks for it in this way."""
-        return self[indices]
 
 
 class TransformedImages(Dataset[Any]):
@@ -81,7 +64,7 @@ class TransformedImages(Dataset[Any]):
         self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self.transparent = torch.zeros((), dtype=torch.bool).share_memory_()
         self.is_transparency_said = False
-        self.class_names = class_names(dataset)
+        self.class_names = class_names(dataset, self.keys.label)
         self.label_map: list[int] | None = None
         self.notes: list[str] = list(getattr(dataset, "notes", []))
 
@@ -103,10 +86,15 @@ class TransformedImages(Dataset[Any]):
                 self.unreadable[readable % len(self)] = True
         raise UnreadableImage("no image of the data set can be read.")
 
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """Return the samples of a batch; PyTorch's loader asks for them in this way."""
+        samples = [self[index] for index in indices]
+        check_alike(samples, [self.name_of(index) for index in indices])
+        return samples
+
     def _load(self, index: int) -> Any:
         with nullcontext() if self.seed is None else seeded(sample_seed(self.seed, self.epoch, index)):
-            image, label = images_and_labels(self.dataset[index], self.keys)
-            image = as_picture(image)
+            image, label = self.as_it_is(index)
             if not isinstance(image, Tensor):
                 if is_transparent(image):
                     self.transparent.fill_(True)
@@ -117,7 +105,20 @@ class TransformedImages(Dataset[Any]):
         if label is None:
             return image
         label = checked_label(label, name_of(self.dataset, index)) if isinstance(label, str) else label
-        return image, label if self.label_map is None else self.label_map[int(label)]
+        return image, label if self.label_map is None else self._mapped(label, index)
+
+    def _mapped(self, label: Any, index: int) -> int:
+        assert self.label_map is not None
+        try:
+            number = operator.index(label)
+        except TypeError:  # soft labels, floats
+            number = -1
+        if not 0 <= number < len(self.label_map):
+            raise ValueError(
+                f"{self.name_of(index)} has the label {label!r}, but labels that follow names must be class numbers "
+                f"from 0 to {len(self.label_map) - 1}."
+            )
+        return self.label_map[number]
 
     def for_evaluation(self, spec: InputSpec, size: tuple[int, int]) -> "TransformedImages":
         """Return the same images as another model is evaluated on them; unreadable ones are passed over."""
@@ -131,9 +132,18 @@ class TransformedImages(Dataset[Any]):
         """Return an image as it is, before the transform.
 
         Raises:
-            UnreadableImage: If its content is damaged.
+            TypeError: If it is no image.
+        UnreadableImage: If its content is damaged.
         """
-        return as_picture(images_and_labels(self.dataset[index], self.keys)[0])
+        return self.as_it_is(index)[0]
+
+    def as_it_is(self, index: int) -> tuple[Any, Any]:
+        """Return an image before the transform and its label or ``None``; errors as of `picture`."""
+        sample = self.dataset[index]
+        image, label = (None, None) if sample is None else images_and_labels(sample, self.keys)
+        image = as_picture(image)
+        check_is_picture(image, self.dataset, index)
+        return image, label
 
     def leave_out(self, indices: Iterable[int]) -> None:
         """Leave images out, before any loader is iterated."""
@@ -224,7 +234,7 @@ def make_loader(
     if wrap is not None:
         dataset = wrap(as_single_images(dataset, what, seed))
     elif is_loader(dataset):
-        return cast(Iterable[Any], dataset)
+        return _taking_no_keys(dataset, keys, what)
     drop_last = train and len(dataset) >= batch_size
     return DataLoader(
         dataset,
@@ -237,6 +247,16 @@ def make_loader(
         pin_memory=torch.cuda.is_available() and not isinstance(dataset, TensorImages),
         collate_fn=_as_it_is if isinstance(dataset, TensorImages) else getattr(dataset, "collate", None),
     )
+
+
+def _taking_no_keys(loader: Iterable[Any], keys: Keys, what: str) -> Iterable[Any]:
+    for name, key in keys._asdict().items():
+        if key is not None:
+            raise ValueError(
+                f"{name}_key={key!r} is for data sets, but {what} is a loader: give its data set, or have the loader's "
+                "collate_fn name them 'image' and 'label'."
+            )
+    return loader
 
 
 def make_dataset(
@@ -260,20 +280,13 @@ def make_dataset(
 
 
 def open_data(data: Any, what: str) -> Any:
-    """Return tensors as a `TensorImages`, and datasets and loaders as they are.
+    """Return tensors and arrays as a `TensorImages`, and datasets and loaders as they are.
 
     Raises:
         TypeError: If it is none of these.
         ValueError: If it is empty.
     """
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
-        data = TensorImages(*data)
-    elif isinstance(data, Tensor):
-        data = TensorImages(data, None)
-    if isinstance(data, Mapping):
-        raise TypeError(
-            f"{what} is a dict of the splits {list(data)}: give one of them, {next(iter(data), 'train')!r}."
-        )
+    data = in_memory(data, what)
     _refuse_empty(data, what)
     if is_loader(data) or isinstance(data, TensorImages):
         return data
@@ -305,7 +318,7 @@ def has_labels(loader: Iterable[Any]) -> bool | None:
     if hasattr(dataset.dataset, "samples") or dataset.has_masks:  # a folder of class folders, or a mask an image
         return True
     try:
-        return images_and_labels(dataset.dataset[0], dataset.keys)[1] is not None
+        return dataset.as_it_is(0)[1] is not None
     except (OSError, SyntaxError):  # which is said where it is loaded
         return None
 

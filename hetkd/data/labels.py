@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hetkd.data.images import TensorImages, TransformedImages
-from hetkd.data.samples import Keys
+from hetkd.data.samples import Keys, has_own_transform
 
 
 def known_labels(dataset: Any, keys: Keys = Keys()) -> Tensor | None:  # noqa: B008  (a constant)
@@ -19,12 +19,18 @@ def known_labels(dataset: Any, keys: Keys = Keys()) -> Tensor | None:  # noqa: B
     Args:
         dataset: One of these, or a `TransformedImages` of one, whose labels are those that come out.
         keys: Where labels are in samples that are dicts.
+
+    Raises:
+        ValueError: If a `TransformedImages` has a label that is none of its classes.
     """
     if isinstance(dataset, TransformedImages) and dataset.has_masks:
         return None
     if isinstance(dataset, TransformedImages):
         labels = known_labels(dataset.dataset, dataset.keys)
-        return labels if labels is None or dataset.label_map is None else torch.tensor(dataset.label_map)[labels]
+        if labels is None:
+            return None
+        _refuse_strange(dataset, labels)
+        return labels if dataset.label_map is None else torch.tensor(dataset.label_map)[labels]
     if isinstance(dataset, TensorImages):
         return _classes(dataset.labels)
     if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
@@ -37,8 +43,23 @@ def known_labels(dataset: Any, keys: Keys = Keys()) -> Tensor | None:  # noqa: B
     return _classes(_listed(dataset, keys))
 
 
+def _refuse_strange(dataset: TransformedImages, labels: Tensor) -> None:
+    """Refuse labels that are none of the classes, as -1 in Hugging Face's unlabelled splits."""
+    names = dataset.class_names if dataset.label_map is None else dataset.label_map
+    strange = labels < 0 if names is None else (labels < 0) | (labels >= len(names))
+    if strange.any():
+        first = int(strange.nonzero()[0, 0])
+        raise ValueError(
+            f"{dataset.name_of(first)} has the label {int(labels[first])}, which is none of the classes "
+            f"({int(strange.sum()):,} of {len(labels):,} images have such labels): leave them out, or give images "
+            "alone to learn without labels."
+        )
+
+
 def _listed(dataset: Any, keys: Keys) -> Any:
     features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping) and has_own_transform(dataset):
+        return None
     if isinstance(features, Mapping):  # Hugging Face's
         return dataset[keys.label] if keys.label in features else None
     if isinstance(dataset, torch.utils.data.TensorDataset):

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from hetkd.data.folders import EXTENSIONS, picture_files
+from hetkd.data.folders import is_image, picture_files, subfolders, visible
 from hetkd.data.pictures import open_picture
 
+_LOSSY = {".jpg", ".jpeg"}
 _IMAGES, _MASKS = ("images", "image", "img"), ("masks", "labels", "annotations", "mask", "annotation")
 
 
@@ -30,7 +31,8 @@ class MaskFolder(Dataset[Any]):
 
     Raises:
         FileNotFoundError: If it does not exist.
-        ValueError: If there are no pairs, images without a mask, or two files of one name.
+        ValueError: If there are no pairs, images without a mask, masks in JPEG, or two files of one name, or if
+            ``classes.txt`` is not in UTF-8.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -48,6 +50,12 @@ class MaskFolder(Dataset[Any]):
             )
         if missing:
             raise ValueError(f"{what} has {len(missing)} images without a mask: {', '.join(missing[:3])}.")
+        lossy = [str(mask) for mask in self.masks if mask.suffix.lower() in _LOSSY]
+        if lossy:
+            raise ValueError(
+                f"{what} has {len(lossy)} masks in JPEG, which changes class numbers and colours: "
+                f"{', '.join(lossy[:3])}. Make them again, and save masks as PNG."
+            )
         alone = [str(mask) for stem, mask in sorted(masks.items()) if stem not in images]
         self.notes = [f"{what}: {len(alone)} masks have no image: {', '.join(alone[:3])}"] if alone else []
         self.classes = _names(path)
@@ -60,7 +68,7 @@ class MaskFolder(Dataset[Any]):
 
 
 def _separate(path: Path) -> tuple[dict[str, Path], dict[str, Path]] | None:
-    folders = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
+    folders = {entry.name.lower(): entry for entry in subfolders(path)}
     images, masks = (next((folders[n] for n in names if n in folders), None) for names in (_IMAGES, _MASKS))
     if images is None or masks is None:
         return None
@@ -83,9 +91,9 @@ def _by_stem(files: Iterable[Path], folder: Path) -> dict[str, Path]:
 
 
 def _together(path: Path, what: str) -> tuple[dict[str, Path], dict[str, Path]]:
-    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in EXTENSIONS]
+    files = [file for file in visible(path) if is_image(file)]
     images = _by_stem((file for file in files if file.suffix.lower() != ".png"), path)
-    if not images and any(entry.is_dir() for entry in path.iterdir()):
+    if not images and subfolders(path):
         raise ValueError(
             f"{what}={str(path)!r} holds folders, but neither images/ nor masks/: segmentation needs a mask an image."
         )
@@ -93,8 +101,18 @@ def _together(path: Path, what: str) -> tuple[dict[str, Path], dict[str, Path]]:
 
 
 def names_in(file: Path) -> list[str]:
-    """Return the names of classes in a text file, one a line; empty lines do not count."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Return the names of classes in a text file, one a line; empty lines do not count.
+
+    Raises:
+        ValueError: If it is not in UTF-8.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # Windows' editors begin it with a mark
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # so UTF-16 reads where all letters are ASCII
+        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8, the name of a class a line.")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _names(path: Path) -> list[str] | None:

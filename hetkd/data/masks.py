@@ -1,6 +1,6 @@
 """Images with masks: datasets of (image, mask), tensors, loaders; what masks are read from; joint crops of both."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from hetkd.data.transforms import picture_tensor, resize_transform
 from hetkd.models.inputs import InputSpec
 
 _JITTER, _NARROWEST = 0.3, 0.75
+_LOSSY = {"JPEG", "MPO"}  # as Pillow names them
+_PLAIN = "it must be whole numbers [H, W], as a PNG of mode L, P or I;16 has them"
 Colors = Sequence[tuple[int, ...]]
 
 
@@ -59,10 +61,7 @@ class MaskedImages(TransformedImages):
                 pixels = image if isinstance(image, Tensor) else self.transform(image)
             except Exception as error:
                 raise_for_content(name, error)
-            try:
-                classes = self._renumbered(self._read_mask(mask))
-            except ValueError as error:
-                raise ValueError(f"the mask of {name} {error}") from error
+            classes = self._classes(mask, name)
             if pixels.shape[-2:] != classes.shape:
                 raise ValueError(
                     f"the mask of {name} has {classes.shape[1]} x {classes.shape[0]} pixels, its image "
@@ -86,25 +85,36 @@ class MaskedImages(TransformedImages):
         """Return an image as it is, before the transform."""
         return as_picture(image_and_mask(self.dataset[index], self.keys, name_of(self.dataset, index))[0])
 
-    def _renumbered(self, mask: Tensor) -> Tensor:
+    def _classes(self, mask: Any, name: str) -> Tensor:
+        try:
+            classes = self._read_mask(mask)
+        except ValueError as error:
+            raise ValueError(f"the mask of {name} {error}") from error
         if self.label_map is None:
-            return mask
+            return classes
         numbers = torch.tensor(self.label_map)
-        is_class = (mask >= 0) & (mask < len(numbers))
-        return torch.where(is_class, numbers[mask.clamp(0, len(numbers) - 1)], mask)
+        is_class = (classes >= 0) & (classes < len(numbers))
+        return torch.where(is_class, numbers[classes.clamp(0, len(numbers) - 1)], classes)
 
-    def some_masks(self, most: int) -> list[Tensor]:
-        """Return the classes of at most so many masks, evenly spread, without those that are to be skipped."""
-        found = []
+    def named_masks(self, most: int) -> Iterator[tuple[str, Any]]:
+        """Yield the names of at most so many images, evenly spread, and their masks as they are.
+
+        Raises:
+            UnreadableImage: If an image cannot be read, and is not to be skipped.
+        """
         for index in spread(len(self), most):
+            name = self.name_of(index)
             try:
-                mask = image_and_mask(self.dataset[index], self.keys, name_of(self.dataset, index))[1]
+                mask = image_and_mask(self.dataset[index], self.keys, name)[1]
             except UnreadableImage:
                 if not self.skip_unreadable:
                     raise
             else:
-                found.append(self._renumbered(self._read_mask(mask)))
-        return found
+                yield name, mask
+
+    def some_masks(self, most: int) -> list[Tensor]:
+        """Return the classes of at most so many masks, evenly spread, without those that are to be skipped."""
+        return [self._classes(mask, name) for name, mask in self.named_masks(most)]
 
 
 def _names_of(dataset: Any) -> list[str] | None:
@@ -206,37 +216,87 @@ def read_mask(mask: Any, colors: Colors | None, ignore_index: int, reduce_labels
 
     Args:
         mask: A PIL image (8 or 16 bits, palette or colour), an array or a tensor.
-        colors: RGB of each class, of masks in colour.
+        colors: RGB of each class, of masks in colour. With it PIL images of 8 bits are read by their colours, palettes
+            and grey ones too; without it by their numbers.
         ignore_index: For other colours, and for 0 where labels are reduced.
         reduce_labels: Whether the first class is 1.
 
     Raises:
-        ValueError: If it is in colour and there is no table, or of another shape.
+        ValueError: If it is a JPEG, in colour without a table, or not whole numbers ``[H, W]``.
     """
-    import numpy as np
-
-    pixels = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
-    if pixels.ndim == 3 and pixels.shape[-1] in (3, 4) and colors is not None:
-        return _classes_of_colors(pixels[..., :3].long(), colors, ignore_index)
-    if pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
+    pixels = _whole_numbers(mask, by_color=colors is not None)
+    if _is_in_color(pixels) and colors is not None:
+        return _classes_of_colors(pixels, colors, ignore_index)
+    if _is_in_color(pixels):
         raise ValueError(
             "is in colour: say the colour of each class, task=Segmentation(colors=[(128, 0, 0), ...]), or save "
             "masks of class numbers."
         )
     pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
-    if pixels.ndim != 2 or pixels.is_floating_point():
-        raise ValueError(f"has shape {list(pixels.shape)} and type {pixels.dtype}: it must be whole numbers [H, W].")
+    if pixels.ndim != 2:
+        raise ValueError(f"has shape {list(pixels.shape)}: {_PLAIN}.")
     classes = pixels.long()
     if not reduce_labels:
         return classes
     return torch.where((classes == 0) | (classes == ignore_index), ignore_index, classes - 1)
 
 
+def unlisted_colors(mask: Any, colors: Colors) -> dict[tuple[int, ...], float]:
+    """Return the colours of a mask that are none of the table, with their shares of its pixels, the largest first.
+
+    Example:
+        >>> import numpy as np
+        >>> unlisted_colors(np.array([[[0, 0, 0], [1, 2, 3]]]), [(0, 0, 0)])
+        {(1, 2, 3): 0.5}
+    """
+    pixels = _whole_numbers(mask, by_color=True)
+    if not _is_in_color(pixels):
+        return {}
+    packed = _packed(pixels)
+    found, counts = packed[~torch.isin(packed, _packed(torch.tensor(colors)))].unique(return_counts=True)
+    largest = counts.argsort(descending=True, stable=True)
+    unpacked = torch.stack([found >> 32, found >> 16 & 0xFFFF, found & 0xFFFF], -1)[largest].tolist()
+    shares = (counts[largest] / packed.numel()).tolist()
+    return {tuple(color): share for color, share in zip(unpacked, shares, strict=True)}
+
+
+def _whole_numbers(mask: Any, *, by_color: bool) -> Tensor:
+    """Return a mask as a tensor of any shape; ``by_color`` turns PIL images of 8 bits to RGB.
+
+    Raises:
+        ValueError: If it is a JPEG, or does not hold whole numbers.
+    """
+    import numpy as np
+
+    if getattr(mask, "format", None) in _LOSSY:
+        raise ValueError("is a JPEG, which changes class numbers and colours: make it again, and save masks as PNG.")
+    if by_color and hasattr(mask, "convert") and not mask.mode.startswith(("I", "F")):
+        mask = mask.convert("RGB")
+    array = mask if isinstance(mask, Tensor) else np.array(mask)
+    if not isinstance(array, Tensor) and array.dtype.kind not in "buif":
+        raise ValueError(f"is of type {type(mask).__name__}: {_PLAIN}.")
+    pixels = array if isinstance(array, Tensor) else torch.from_numpy(array)
+    if pixels.is_floating_point():
+        raise ValueError(f"has pixels of {pixels.dtype}: {_PLAIN}.")
+    return pixels
+
+
+def _is_in_color(pixels: Tensor) -> bool:
+    return pixels.ndim == 3 and pixels.shape[-1] in (3, 4)
+
+
 def _classes_of_colors(pixels: Tensor, colors: Colors, ignore_index: int) -> Tensor:
-    classes = torch.full(pixels.shape[:2], ignore_index, dtype=torch.int64)
-    for number, color in enumerate(colors):
-        classes[(pixels == torch.tensor(color)).all(-1)] = number
+    packed = _packed(pixels)
+    classes = torch.full_like(packed, ignore_index)
+    for number, color in enumerate(_packed(torch.tensor(colors)).tolist()):
+        classes[packed == color] = number
     return classes
+
+
+def _packed(pixels: Tensor) -> Tensor:
+    """Return one number for each colour ``[..., 3]`` of at most 16 bits."""
+    red, green, blue = pixels[..., :3].long().unbind(-1)
+    return red << 32 | green << 16 | blue
 
 
 class TrainingCrop:

@@ -5,6 +5,8 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 BACKGROUND = (255, 255, 255)
 _DEEP = 65_535
 
@@ -42,6 +44,22 @@ def raise_for_content(name: str, error: Exception) -> Any:
     if is_of_content(error):
         raise UnreadableImage(f"{name} cannot be read ({error})") from error
     raise error
+
+
+def check_is_picture(image: Any, dataset: Any, index: int) -> None:
+    """Refuse what a dataset yields as an image, and is none.
+
+    Raises:
+        UnreadableImage: If it is ``None``, as OpenCV returns for a file that it cannot read.
+        TypeError: If it is neither a PIL image nor a tensor.
+    """
+    if image is None:
+        raise UnreadableImage(f"{name_of(dataset, index)} cannot be read (the dataset yields None)")
+    if not (isinstance(image, Tensor) or hasattr(image, "convert")):
+        raise TypeError(
+            f"{name_of(dataset, index)} is of type {type(image).__name__}: the dataset must yield PIL images, "
+            "PIL.Image.open(path), arrays [H, W, C] or tensors [C, H, W]."
+        )
 
 
 def is_of_content(error: Exception) -> bool:

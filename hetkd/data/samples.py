@@ -1,6 +1,6 @@
 """Images and labels out of the samples of a dataset or loader."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ def keys_of(dataset: Any, given: Keys = Keys()) -> Keys:  # noqa: B008  (a const
         ValueError: If a given key is none of its columns.
     """
     features = getattr(dataset, "features", None)
-    if not isinstance(features, Mapping):
+    if not isinstance(features, Mapping) or has_own_transform(dataset):
         return given
     for name, key in given._asdict().items():
         if key is not None and key not in features:
@@ -34,6 +34,11 @@ def keys_of(dataset: Any, given: Keys = Keys()) -> Keys:  # noqa: B008  (a const
     labels = [name for name, x in features.items() if type(x).__name__ == "ClassLabel"]
     image = given.image or (images[0] if len(images) == 1 else None)
     return Keys(image, given.label or (labels[0] if len(labels) == 1 else None))
+
+
+def has_own_transform(dataset: Any) -> bool:
+    """Say whether samples of a Hugging Face data set are made by a function (``with_transform``), not by columns."""
+    return isinstance(format := getattr(dataset, "format", None), Mapping) and format.get("type") == "custom"
 
 
 def images_and_labels(batch: Any, keys: Keys = Keys()) -> tuple[Any, Any]:  # noqa: B008
@@ -51,6 +56,10 @@ def images_and_labels(batch: Any, keys: Keys = Keys()) -> tuple[Any, Any]:  # no
     """
     if isinstance(batch, Mapping):
         return _from_dict(batch, keys)
+    given = [f"{name}_key={key!r}" for name, key in keys._asdict().items() if key is not None]
+    if given:
+        got = type(batch).__name__
+        raise TypeError(f"{' and '.join(given)} is for samples that are dicts, got {got}: leave it out.")
     if isinstance(batch, Tensor) or hasattr(batch, "convert") or hasattr(batch, "__array_interface__"):
         return batch, None
     if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
@@ -63,8 +72,11 @@ def images_and_labels(batch: Any, keys: Keys = Keys()) -> tuple[Any, Any]:  # no
 
 
 def _from_dict(sample: Mapping[str, Any], keys: Keys) -> tuple[Any, Any]:
+    for name, key in keys._asdict().items():
+        if key is not None and key not in sample:
+            raise ValueError(f"{name}_key={key!r} is none of a sample's keys {sorted(sample)}.")
     image = keys.image or _key(sample, _IMAGE_KEYS, _is_picture, "image")
-    if image is None or image not in sample:
+    if image is None:
         raise TypeError(
             f"a sample has the keys {sorted(sample)}; expected an image and a label: name it, image_key=..."
         )
@@ -104,6 +116,20 @@ def checked_label(label: Any, name: str) -> Any:
             "folders."
         )
     return label
+
+
+def check_alike(samples: Sequence[Any], names: Sequence[str]) -> None:
+    """Raise ValueError, with the names of two, if images of a batch differ in shape or only some have labels."""
+    images = [sample[0] if isinstance(sample, tuple) else sample for sample in samples]
+    for sample, image, name in zip(samples, images, names, strict=True):
+        if isinstance(sample, tuple) != isinstance(samples[0], tuple):
+            without, other = (names[0], name) if isinstance(sample, tuple) else (name, names[0])
+            raise ValueError(f"{without} has no label, but {other} has one: give each image a label, or none.")
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"{name} has the shape {list(image.shape)}, and {names[0]} {list(images[0].shape)}: tensors stay as "
+                "they are, so resize them in the dataset, or yield PIL images."
+            )
 
 
 def as_picture(image: Any) -> Any:

@@ -1,9 +1,11 @@
 """A look at a split before training: how many images of which classes, how large, and which cannot be read."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from hetkd.data.images import TensorImages, TransformedImages
 from hetkd.data.labels import known_labels
 from hetkd.data.pictures import is_of_content
 
-_SIZES_READ, _THREADS = 32, 8
+_SIZES_READ, _THREADS, _PIXELS_READ, _DARK = 32, 8, 16, 16
 Split = TransformedImages | TensorImages
 
 
@@ -61,12 +63,52 @@ def survey(dataset: Split, what: str, *, looked_at: Sequence[int] = ()) -> Surve
         what: Name of the argument.
         looked_at: The images to read, to find those that cannot be read.
     """
+    _warn_of_dark(dataset, what)
     labels = known_labels(dataset)
     names = dataset.class_names if isinstance(dataset, TransformedImages) else None
     counts = None if labels is None else labels.clamp(min=0).bincount(minlength=len(names or []))
     bad = unreadable(dataset, looked_at) if isinstance(dataset, TransformedImages) else []
     named = [dataset.name_of(index) for index in bad] if isinstance(dataset, TransformedImages) else []
     return Survey(what, len(dataset), counts, names, _median_size(dataset), named)
+
+
+def _warn_of_dark(dataset: Split, what: str) -> None:
+    """Warn of whole-number or deep pixels that use a small part of their range, and come out black."""
+    seen = []
+    for index in spread(len(dataset), _PIXELS_READ):
+        picture = dataset.images[index] if isinstance(dataset, TensorImages) else _picture(dataset, index)
+        brightest = None if picture is None else _brightest(picture)
+        if brightest is None:
+            return
+        seen.append(brightest)
+    high, most = max(seen)
+    if 0 < high * _DARK <= most:
+        warnings.warn(
+            f"{what}: the brightest pixel of {len(seen)} images is {high:g} of {most:g}, so that all come out black: "
+            "scale them to their range first.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _picture(dataset: TransformedImages, index: int) -> Any:
+    try:
+        return dataset.picture(index)
+    except Exception as error:
+        if not is_of_content(error):
+            raise
+        return None
+
+
+def _brightest(picture: Any) -> tuple[float, float] | None:
+    """Return the largest value and the largest possible one of a deep picture or whole-number tensor, else ``None``."""
+    import numpy as np
+
+    if isinstance(picture, Tensor):
+        return (float(picture.max()), 255.0) if picture.dtype == torch.uint8 else None
+    if not picture.mode.startswith(("I", "F")):
+        return None
+    return float(np.asarray(picture).max()), 1.0 if picture.mode == "F" else 65_535.0
 
 
 def unreadable(dataset: TransformedImages, indices: Iterable[int]) -> list[int]:

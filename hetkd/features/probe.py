@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from hetkd.features.adapter import Adapter, Stage
 from hetkd.features.hooks import eval_mode, tapped
 
+_TOO_MANY_BY_CHANCE = 20  # outputs between 0 and 1
+
 
 class NoSpatialFeatures(ValueError):
     """A model yields no feature map anywhere; it can only be distilled by its logits."""
@@ -23,7 +25,8 @@ class Probe(NamedTuple):
         pooled: Channels of the vector that the classifier sees, or ``None`` if there is none.
         is_dense: Whether its logits are maps.
         yields_logits: Names of listed stages whose map is that of the logits.
-        are_probabilities: Whether a softmax has been at its logits.
+        are_probabilities: Whether a softmax or sigmoid has been at its logits.
+        of_one_pixel: Whether its logits are maps of one pixel, ``[B, classes, 1, 1]``.
     """
 
     stages: list[Stage]
@@ -32,6 +35,7 @@ class Probe(NamedTuple):
     is_dense: bool
     yields_logits: set[str]
     are_probabilities: bool
+    of_one_pixel: bool
 
 
 def probe(
@@ -61,13 +65,15 @@ def probe(
     is_dense = features.logits is not None and features.logits.ndim == 4
     yields_logits = {name for name, x in zip(listed, features.maps, strict=False) if x is features.logits}
     found = [Stage(name, *shapes[name]) for name in names]
-    return Probe(found, classes, pooled, is_dense, yields_logits, _are_probabilities(features.logits))
+    of_one_pixel = is_dense and features.logits is not None and features.logits.shape[2:] == (1, 1)
+    return Probe(found, classes, pooled, is_dense, yields_logits, _are_probabilities(features.logits), of_one_pixel)
 
 
 def _are_probabilities(logits: Tensor | None) -> bool:
     if logits is None or logits.shape[1] < 2 or bool((logits < 0).any()):
         return False
-    return torch.allclose(logits.float().sum(1), torch.ones((), device=logits.device), atol=1e-3)
+    sum_to_1 = torch.allclose(logits.float().sum(1), torch.ones((), device=logits.device), atol=1e-3)
+    return sum_to_1 or (logits.numel() >= _TOO_MANY_BY_CHANCE and bool(((logits > 0) & (logits < 1)).all()))
 
 
 def _in_order_of_depth(listed: list[str], added: list[str], finished: list[str]) -> list[str]:

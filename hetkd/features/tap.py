@@ -20,6 +20,7 @@ from hetkd.features.pairing import POOLED
 from hetkd.features.probe import NoSpatialFeatures, Probe, probe
 from hetkd.features.registry import find_adapter
 from hetkd.models.inputs import InputSpec, InputTransform, Normalization, input_spec
+from hetkd.models.labels import Labels, model_labels
 from hetkd.models.wrappers import architecture_name, tapped_module
 from hetkd.utils.checks import unknown_name
 
@@ -46,9 +47,13 @@ class Tap:
         self.spec: InputSpec = input_spec(self.model)
         self.size = as_size(size) if size is not None else self.spec.size
         self.why_no_stages = ""
-        self.stages, self.classes, self.pooled, self.is_dense, yields_logits, self.yields_probabilities = (
-            self._dry_run()
-        )
+        found = self._dry_run()
+        self.stages, self.classes, self.pooled, self.is_dense, yields_logits, self.yields_probabilities, _ = found
+        if classes and found.of_one_pixel and not is_dense:
+            raise ValueError(
+                f"teacher_classes={classes}, but the {role} yields maps [B, {self.classes}, 1, 1]: flatten them, "
+                "torch.nn.Sequential(model, torch.nn.Flatten(1))."
+            )
         is_known = classes is not None or (is_dense and self.is_dense)
         is_feature = classes == 0 or (self.is_dense and is_dense is False)
         if self.classes is not None and (is_feature or not (is_known or self._ends_in_classifier())):
@@ -143,6 +148,11 @@ class Tap:
         return images.to(self._like())
 
     @property
+    def labels(self) -> Labels | None:
+        """The names of the model's classes, as far as it knows them."""
+        return model_labels(self.model, self.classes)
+
+    @property
     def title(self) -> str:
         """Name, family and input size, for the plan."""
         return f"{architecture_name(self.model)} ({self.adapter.family}, {self.size[0]} x {self.size[1]})"
@@ -197,12 +207,18 @@ class Tap:
 
 
 def refuse_frozen_graphs(role: str, model: nn.Module) -> None:
-    """Raise TypeError for scripted and exported modules, which cannot be tapped or trained."""
+    """Raise TypeError for scripted and exported modules, which cannot be tapped, and for quantised students."""
     kind = "scripted (torch.jit)" if isinstance(model, torch.jit.ScriptModule) else ""
     if isinstance(model, torch.fx.GraphModule) and _is_exported(model):
         kind = "exported (torch.export)"
     if kind:
         raise TypeError(f"the {role} is {kind}: its modules cannot be tapped; pass the module that it was made of.")
+    fixed = [name for name, module in model.named_modules() if ".ao.nn.quantized" in type(module).__module__]
+    if role == "student" and fixed:
+        raise TypeError(
+            f"the student has quantised modules ({', '.join(fixed[:3])}), which do not learn: train the float module, "
+            "and quantise it afterwards (hetkd.export(..., int8=True)), or use hetkd.simulate_int8."
+        )
 
 
 def _is_exported(model: nn.Module) -> bool:

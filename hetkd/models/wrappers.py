@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def unwrap(model: Any) -> Any:
@@ -27,3 +27,14 @@ def architecture_name(model: nn.Module) -> str:
     if isinstance(config, dict) and config.get("architecture"):
         return str(config["architecture"])
     return str(getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__)
+
+
+def trained_memory(model: nn.Module) -> dict[int, str]:
+    """Return where a model's parameters and running statistics are in memory, with their names."""
+    statistics = {f"running_{name}" for name in ("mean", "var")}
+    trained = [
+        *model.named_parameters(),
+        *((name, x) for name, x in model.named_buffers() if name.split(".")[-1] in statistics),
+    ]
+    plain = [(name, x) for name, x in trained if x.device.type != "meta" and type(x) in (Tensor, nn.Parameter)]
+    return {x.untyped_storage().data_ptr(): name for name, x in plain if x.numel()}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetkd.data.images import TensorImages
-from hetkd.data.masks import MaskedImages, make_mask_dataset
+from hetkd.data.masks import MaskedImages, make_mask_dataset, unlisted_colors
 from hetkd.data.survey import spread
 from hetkd.features.grid import resampling
 from hetkd.spectral.precision import separable
@@ -17,6 +17,7 @@ from hetkd.tasks.task import ComparedLogits, Metrics, Task
 
 _LARGEST_LOGITS, _LOOKED_AT, _COUNTED = 128, 16, 512
 _MOST_AT_ONCE = 2**24  # logits, 64 MB
+_NAMED = 5  # colours in a message
 _PIXELS = 4  # an axis of each image, to see what a teacher knows
 _IN_FOLDERS = "folders of images and masks are scaled, cropped, flipped and coloured when they are loaded"
 
@@ -30,7 +31,7 @@ class Segmentation(Task):
     Args:
         ignore_index: The value of pixels without a class; they count nowhere.
         colors: Of masks in colour, RGB of each class in order: ``[(128, 0, 0), (0, 128, 0), ...]``; other colours have
-            no class.
+            no class, which is said before training. Palettes are then read by their colours, not by their numbers.
         reduce_labels: Masks of folders and datasets count classes from 1, and 0 is no class, as ADE20K's are.
 
     Raises:
@@ -62,7 +63,7 @@ class Segmentation(Task):
     ) -> None:
         if not (isinstance(ignore_index, int) and -1000 <= ignore_index <= 65535):
             raise ValueError(f"ignore_index={ignore_index!r} must be a whole number, as 255.")
-        if colors is not None and not all(len(color) == 3 for color in colors):
+        if colors is not None and not (len(colors) and all(len(color) == 3 for color in colors)):
             raise ValueError(f"colors={list(colors)[:2]}... must have three numbers for each class: (128, 0, 0).")
         if reduce_labels and 0 <= ignore_index < 255:
             raise ValueError(
@@ -177,10 +178,18 @@ class Segmentation(Task):
             )
 
     def remarks(self, dataset: Any) -> list[str]:
-        """Warn of masks that hold a single class beside ignored pixels, as 0 and 255 for foreground."""
-        masks = dataset.some_masks(_LOOKED_AT) if isinstance(dataset, MaskedImages) else []
-        values = sorted({int(value) for mask in masks for value in mask.unique()})
-        if len(values) == 2 and self.ignore_index in values:
+        """Look at a few masks: say which of their colours have no class.
+
+        Warns:
+            RuntimeWarning: If masks hold a single class beside ignored pixels, as 0 and 255 for foreground.
+
+        Raises:
+            ValueError: If no mask holds a class.
+        """
+        values = _values(_some_masks(dataset, _LOOKED_AT))
+        if values == [self.ignore_index] and _values(_some_masks(dataset, _COUNTED)) == values:
+            raise ValueError(self._without_classes(dataset))
+        if len(values) == 2 and self.ignore_index in values and isinstance(dataset, MaskedImages):
             warnings.warn(
                 f"masks hold the values {values[0]} and {values[1]} alone, and {self.ignore_index} means no class, so "
                 "that there is one class: if it is the foreground, save masks of 0 and 1, and say "
@@ -188,15 +197,40 @@ class Segmentation(Task):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return []
+        strange = self._unlisted(dataset)
+        if not strange:
+            return []
+        return [f"colours of masks that are none of colors= and count nowhere ({len(strange)}): {_listed(strange)}"]
+
+    def _without_classes(self, dataset: Any) -> str:
+        found = "no mask that was looked at holds a class: "
+        strange = self._unlisted(dataset)
+        if strange:
+            return (
+                f"{found}their colours are none of colors={self.colors}: {_listed(strange)}. Give the colour of each "
+                "class as red, green, blue."
+            )
+        if self.reduce_labels:
+            return f"{found}their pixels are 0 or {self.ignore_index}: leave reduce_labels=True out if 0 is a class."
+        return (
+            f"{found}all their pixels are ignore_index={self.ignore_index}. Save masks of class numbers from 0, or say "
+            "task=Segmentation(ignore_index=-1) if every pixel has a class."
+        )
+
+    def _unlisted(self, dataset: Any) -> dict[tuple[int, ...], tuple[float, str]]:
+        """Return colours of a few masks without a class: the largest share of one mask, and the image of this mask."""
+        found: dict[tuple[int, ...], tuple[float, str]] = {}
+        if self.colors is None or not isinstance(dataset, MaskedImages):
+            return found
+        for name, mask in dataset.named_masks(_LOOKED_AT):
+            for color, share in unlisted_colors(mask, self.colors).items():
+                found[color] = max(found.get(color, (0.0, "")), (share, name))
+        return found
 
     def class_counts(self, dataset: Any, classes: int) -> Tensor | None:
         """Return how many pixels each class has, in at most 512 masks, evenly spread."""
-        if isinstance(dataset, MaskedImages):
-            masks: Sequence[Tensor] = dataset.some_masks(_COUNTED)
-        elif isinstance(dataset, TensorImages) and dataset.labels is not None:
-            masks = list(dataset.labels[spread(len(dataset), _COUNTED)])
-        else:
+        masks = _some_masks(dataset, _COUNTED)
+        if masks is None:
             return None
         counts = torch.zeros(classes, dtype=torch.int64)
         for mask in masks:
@@ -221,6 +255,25 @@ class Segmentation(Task):
             return logits
         grid = torch.Size(max(1, round(side * _LARGEST_LOGITS / largest)) for side in logits.shape[-2:])
         return F.interpolate(logits, grid, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _some_masks(dataset: Any, most: int) -> list[Tensor] | None:
+    """Return at most so many masks of a data set, evenly spread, or ``None`` where only loading each would tell."""
+    if isinstance(dataset, MaskedImages):
+        return dataset.some_masks(most)
+    if isinstance(dataset, TensorImages) and dataset.labels is not None:
+        return list(dataset.labels[spread(len(dataset), most)])
+    return None
+
+
+def _values(masks: Sequence[Tensor] | None) -> list[int]:
+    return sorted({int(value) for mask in masks or [] for value in mask.unique()})
+
+
+def _listed(colors: Mapping[tuple[int, ...], tuple[float, str]]) -> str:
+    """Return the colours that fill most of a mask, with its image."""
+    most = sorted(colors.items(), key=lambda item: item[1], reverse=True)[:_NAMED]
+    return ", ".join(f"{color} ({100 * share:.3g} % of the mask of {name})" for color, (share, name) in most)
 
 
 def on_coarser_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

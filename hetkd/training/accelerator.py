@@ -31,6 +31,21 @@ def own_state_kept() -> Iterator[None]:
             state._shared_state.update(values)
 
 
+@contextmanager
+def gradients_enabled() -> Iterator[None]:
+    """Compute gradients within the context, also under ``torch.no_grad()``.
+
+    Raises:
+        RuntimeError: Under ``torch.inference_mode()``, whose tensors never have gradients.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "fit needs gradients, which torch.inference_mode() rules out: make the models and call fit outside of it."
+        )
+    with torch.enable_grad():
+        yield
+
+
 def make_accelerator(options: TrainingOptions, folder: Path | None) -> Any:
     """Make the `accelerate.Accelerator` of a run, as the options and ``accelerate launch`` say.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hetkd.cache.records import TeacherCache
@@ -63,7 +63,10 @@ class TargetMaker:
             if labels.ndim == 2:
                 raise ValueError("mixup and cutmix make soft labels from class indices, but labels are soft already.")
             if len(images) % 2:
-                raise ValueError(f"mixup and cutmix need an even batch, got {len(images)} images: use drop_last=True.")
+                raise ValueError(
+                    f"mixup and cutmix need an even batch, got {len(images)} images: use an even batch_size, and "
+                    "drop_last=True in a loader of your own."
+                )
             images, labels = self.mix(images.clone(), labels)
         elif self.smoothing:
             hard = labels if labels.ndim == 2 else F.one_hot(labels, self.classes)
@@ -181,6 +184,14 @@ class Batches:
         first = (step - 1) // window * window
         return window / min(window, self.count - first)
 
+    def stretch_last_gradients(self, step: int, model: nn.Module) -> None:
+        """Do what `weight` does, but to the gradients, at the end of a stream, which shows only when it is there."""
+        window = self.options.gradient_accumulation
+        batches = step % window
+        for parameter in model.parameters() if batches and self.count is None else []:
+            if parameter.grad is not None:
+                parameter.grad.mul_(window / batches)
+
     def _refuse_missing_labels(self) -> None:
         if self._distillation.method.ce_weight:
             raise ValueError("train has no labels: use ce_weight=0 to learn from the teacher alone.")
@@ -189,7 +200,11 @@ class Batches:
 
     def _check_last_batch(self, loader: Iterable[Any]) -> None:
         """Refuse, before any training, a last batch that batch statistics or mixing cannot use."""
-        if not isinstance(loader, DataLoader) or loader.drop_last or not loader.batch_size:
+        if not isinstance(loader, DataLoader) or not loader.batch_size:
+            return
+        if self._mixing.mix is not None:
+            _refuse_odd_batches(loader.batch_size, length(loader.dataset))
+        if loader.drop_last:
             return
         last = (length(loader.dataset) or 0) % loader.batch_size
         if last == 1 and self._distillation.method.batch_statistics:
@@ -215,6 +230,17 @@ class Batches:
             if not batches:
                 raise ValueError(f"train has fewer batches than gradient_accumulation={accumulation}.")
         return batches
+
+
+def _refuse_odd_batches(size: int, images: int | None) -> None:
+    if images is not None and images < size:  # a single batch
+        cure = f"batch_size={images - 1}" if images > 2 else "neither of both"
+        if images % 2:
+            raise ValueError(f"mixup and cutmix need an even batch, but train has {images} images: use {cure}.")
+    elif size % 2:
+        raise ValueError(
+            f"mixup and cutmix need an even batch, got batch_size={size}: use batch_size={max(2, size - 1)}."
+        )
 
 
 def _joined(last: Batch, batch: Batch) -> Batch:

@@ -3,15 +3,15 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hetkd.data.images import TensorImages, TransformedImages, make_loader
 from hetkd.data.samples import Keys
 from hetkd.data.survey import Survey, survey
 from hetkd.distillation import Distillation
-from hetkd.models.labels import model_labels
-from hetkd.training.classes import name_classes
-from hetkd.training.evaluate import eval_loader
+from hetkd.training.classes import name_classes, refuse_nameless
+from hetkd.training.evaluate import eval_loader, look_at_images
 from hetkd.training.look import remarks, take_classes, teachers_accuracy
 
 _SHOWN = 30
@@ -83,7 +83,11 @@ def _look(distillation: Distillation, train: Any, val: Any, batch_size: int, key
     found.notes += tried(lambda: distillation.task.remarks(trained)) or []
     if val is not None:
         loaders["val"] = tried(lambda: eval_loader(distillation, val, batch_size, 0, keys, found.notes))
+        tried(lambda: refuse_nameless(distillation, trained, getattr(loaders["val"], "dataset", None)))
         tried(lambda: _survey(found, "val", getattr(loaders["val"], "dataset", None)))
+    for what, loader in loaders.items():
+        if not any(each.unreadable for each in found.surveys if each.what == what):  # which is a problem of its own
+            tried(partial(look_at_images, distillation, loader, what))
     found.notes += tried(lambda: remarks(distillation, found.surveys)) or []
     what = "train" if loaders.get("val") is None else "val"
     said, found.teachers_top1 = tried(lambda: teachers_accuracy(distillation, loaders[what], what)) or ([], {})
@@ -112,7 +116,7 @@ def _class_table(distillation: Distillation, surveys: list[Survey]) -> list[tupl
     count = max((len(each) for each in counts.values()), default=0)
     names = distillation.class_names or [str(number) for number in range(count)]
     taps = distillation.teachers.taps if distillation.method.uses_teacher_logits else []
-    labels = model_labels(taps[0].model, taps[0].classes) if taps else None
+    labels = taps[0].labels if taps else None
 
     def images(what: str, number: int) -> str:
         return f"{counts[what][number]:,}" if what in counts and number < len(counts[what]) else "-"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hetkd.models.description import Description
 from hetkd.models.weights import save_described, save_model
-from hetkd.utils.files import checksum, sync_folder, with_prefix, write_json, write_text
+from hetkd.utils.files import checksum, output_folder, sync_folder, with_prefix, write_json, write_text
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
@@ -58,10 +58,11 @@ class RunFolder:
 
     Raises:
         FileExistsError: If it holds a run and ``resume`` is false.
+        ValueError: If the path is empty.
     """
 
     def __init__(self, path: str | Path, *, resume: bool, keep_last: int = 2) -> None:
-        self.path, self.keep_last = Path(path).expanduser(), keep_last
+        self.path, self.keep_last = output_folder(path), keep_last
         self.checkpoints = self.path / CHECKPOINTS
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output_dir={str(path)!r} is a file.")

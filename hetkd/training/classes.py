@@ -2,29 +2,37 @@
 
 from typing import Any
 
-from hetkd.data.classes import match
+from hetkd.data.classes import class_names, match
 from hetkd.data.images import TransformedImages
 from hetkd.distillation import Distillation
 from hetkd.features.tap import Tap
-from hetkd.models.labels import Labels, model_labels
+from hetkd.models.labels import Labels
 
 
 def name_classes(distillation: Distillation, dataset: Any) -> list[str]:
-    """Put the labels of training data into the teacher's order, and remember the names of the classes.
+    """Put the labels of training data into the models' order, and remember the names of the classes.
+
+    The order is the teacher's where its logits teach, else that of a student which knows these classes already.
 
     Args:
         distillation: Keeps the names as ``class_names``.
-        dataset: Training data.
+        dataset: Training data; the labels of a loader's own data set stay as they are.
 
     Returns:
         What to tell the user.
 
     Raises:
-        ValueError: If data and teacher have other classes, but the method compares logits; or there is one class only.
+        ValueError: If data and teacher have other classes, but the method compares logits; if teachers, or a loader and
+            a teacher, have these classes in another order; or if there is one class only.
     """
-    if not isinstance(dataset, TransformedImages) or dataset.class_names is None:
-        return []
-    names, notes = dataset.class_names, list(dataset.notes)
+    if isinstance(dataset, TransformedImages):
+        names, notes = dataset.class_names, list(dataset.notes)
+    else:
+        names, notes = class_names(dataset), []
+        if names is not None and len(names) != distillation.classes:
+            names = None  # of something else
+    if names is None:
+        return notes
     if distillation.method.ce_weight and len(names) == 1:
         raise ValueError(
             f"train has the single class {names[0]!r}, which leaves nothing to learn: give the folder above it, or use "
@@ -32,16 +40,61 @@ def name_classes(distillation: Distillation, dataset: Any) -> list[str]:
         )
     distillation.task.check_names(names, distillation.classes)
     distillation.class_names = list(names)
-    for tap in distillation.teachers.taps if distillation.method.uses_teacher_logits else []:
-        of_teacher = names_of_model(names, tap, strict=True)
-        if of_teacher is not None:
-            if of_teacher[: len(names)] != names:
-                first = of_teacher.index(names[0])
-                notes.append(f"labels of train follow the {tap.role}'s classes by name: {names[0]!r} is {first}, ...")
-            dataset.order_classes(of_teacher, f"the {tap.role}", "train")
-            distillation.class_names = of_teacher
-            break
+    known = _names_of_models(distillation, names)
+    if known is not None:
+        role, of_model = known
+        if of_model[: len(names)] != names:
+            first = of_model.index(names[0])
+            if not isinstance(dataset, TransformedImages):
+                raise ValueError(
+                    f"train is a loader, whose labels stay as they are: {names[0]!r} is 0 there, but {first} of the "
+                    f"{role}. Give its data set, fit(loader.dataset, ...): its labels follow the names."
+                )
+            notes.append(f"labels of train follow the {role}'s classes by name: {names[0]!r} is {first}, ...")
+        if isinstance(dataset, TransformedImages):
+            dataset.order_classes(of_model, f"the {role}", "train")
+        distillation.class_names = of_model
     return notes
+
+
+def _names_of_models(distillation: Distillation, names: list[str]) -> tuple[str, list[str]] | None:
+    """Return the role of the model whose order of the classes counts, and the names of its classes.
+
+    Raises:
+        ValueError: If two teachers have them in different orders.
+    """
+    method = distillation.method
+    if not method.uses_teacher_logits:
+        tap = distillation.student_tap
+        of_student = names_of_model(names, tap, strict=False) if method.uses_student_logits and tap.classes else None
+        return None if of_student is None else (tap.role, of_student)
+    found = {tap.role: of for tap in distillation.teachers.taps if (of := names_of_model(names, tap, strict=True))}
+    orders = {role: [of_teacher.index(name) for name in names] for role, of_teacher in found.items()}
+    first = next(iter(found), None)
+    for role, order in orders.items():
+        if first is not None and order != orders[first]:
+            raise ValueError(
+                f"the {first} and the {role} have these classes in different orders ({names[0]!r} is "
+                f"{orders[first][0]} and {order[0]}), but the method compares logits by number: reorder a head, or use "
+                "kd_weight=0."
+            )
+    return None if first is None else (first, found[first])
+
+
+def refuse_nameless(distillation: Distillation, trained: Any, dataset: Any) -> None:
+    """Refuse validation data without names where labels of the training data follow names.
+
+    Raises:
+        ValueError: If so.
+    """
+    if getattr(trained, "label_map", None) is None or not distillation.method.uses_student_logits:
+        return
+    names = dataset.class_names if isinstance(dataset, TransformedImages) else class_names(dataset)
+    if names is None:
+        raise ValueError(
+            "labels of train follow the models' classes by name, but val has labels without names, which would count "
+            "as other classes: give val as class folders, or as a data set with the attribute classes."
+        )
 
 
 def names_of_model(names: list[str], tap: Tap, *, strict: bool) -> list[str] | None:
@@ -58,7 +111,7 @@ def names_of_model(names: list[str], tap: Tap, *, strict: bool) -> list[str] | N
     Raises:
         ValueError: If it is refused.
     """
-    labels = model_labels(tap.model, tap.classes)
+    labels = tap.labels
     strict = strict and not all(name.isdigit() for name in names)
     order = None if labels is None else _order(names, labels, tap, strict=strict)
     return None if labels is None or order is None else _names_of(labels, names, order)

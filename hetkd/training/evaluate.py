@@ -1,6 +1,5 @@
 """Evaluation of a student: every image counts once, in however many processes."""
 
-import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from hetkd.data.classes import class_names, match
 from hetkd.data.images import TensorImages, TransformedImages, has_labels, length, make_loader
 from hetkd.data.samples import Keys, images_and_labels
 from hetkd.data.seeding import generators_kept
@@ -99,8 +99,8 @@ def in_role(distillation: Distillation, role: str) -> Distillation:
         raise ValueError(f"the {role} has no classifier, so it has no accuracy.")
     if tap.yields_probabilities:
         raise ValueError(
-            f"the {role} yields probabilities, and is measured by logits: leave its softmax out, or have it return "
-            "their logarithm, model(images).log()."
+            f"the {role} yields probabilities, and is measured by logits: leave its softmax or sigmoid out, or undo "
+            "it: model(images).log() after a softmax, .logit() after a sigmoid."
         )
     alone = Distillation(
         None, tap.model, "ce", input_size=tap.size, normalized=distillation.normalization, task=distillation.task
@@ -129,7 +129,7 @@ def eval_loader(
         notes: Gets what to tell the user.
 
     Raises:
-        ValueError: If labels teach the student, but the data have none.
+        ValueError: If labels teach the student, but the data have none, or other classes.
     """
     loader = _plain_loader(distillation, data, distillation.student_inputs.size, batch_size, num_workers, keys)
     by_accuracy = is_measured_by_accuracy(distillation, loader)
@@ -138,15 +138,36 @@ def eval_loader(
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, TransformedImages):
         notes += dataset.notes
-        names = distillation.class_names
-        if names is None and dataset.class_names is not None:
-            names = names_of_model(dataset.class_names, distillation.student_tap, strict=False)
-        if names is not None and by_accuracy:
-            missing = dataset.order_classes(names, "train", "val")
-            notes += [f"val has no images of {len(missing)} classes: {', '.join(missing[:10])}"] if missing else []
-    if not by_accuracy:
+    if by_accuracy:
+        notes += _follow_names(distillation, dataset)
+    else:
         _prepare_for_agreement(distillation, loader)
     return loader
+
+
+def _follow_names(distillation: Distillation, dataset: Any) -> list[str]:
+    """Give labels of validation data the numbers of the student's classes, by name; return what to tell the user.
+
+    Raises:
+        ValueError: If a class is none of the student's, or a loader numbers them otherwise.
+    """
+    own = dataset.class_names if isinstance(dataset, TransformedImages) else class_names(dataset)
+    names = distillation.class_names
+    if names is None and own is not None:
+        names = names_of_model(own, distillation.student_tap, strict=False)
+    if isinstance(dataset, TransformedImages):
+        missing = [] if names is None else dataset.order_classes(names, "train", "val")
+        return [f"val has no images of {len(missing)} classes: {', '.join(missing[:10])}"] if missing else []
+    if names is None or own is None:
+        return []
+    numbers = match(own, [(name,) for name in names])
+    if None not in numbers and numbers != list(range(len(own))):
+        index = next(index for index, number in enumerate(numbers) if number != index)
+        raise ValueError(
+            f"val is a loader, whose labels stay as they are: {own[index]!r} is {index} there, but {numbers[index]} of "
+            "the student. Give its data set (loader.dataset): its labels follow the names."
+        )
+    return []
 
 
 def _plain_loader(
@@ -239,10 +260,11 @@ def measure(
     return metrics.compute()
 
 
-def look_at_validation(distillation: Distillation, loader: Iterable[Any]) -> None:
-    """Load and check the first batch of a loader of validation data, and images spread over all of its own data set.
+def look_at_images(distillation: Distillation, loader: Iterable[Any], what: str) -> None:
+    """Load and check the first batch of a loader, and images spread over all of its own data set.
 
     Raises:
+        TypeError: If images or labels have a wrong type.
         ValueError: If images or labels are not valid.
         OSError: If an image cannot be read.
     """
@@ -253,19 +275,34 @@ def look_at_validation(distillation: Distillation, loader: Iterable[Any]) -> Non
     with generators_kept():
         first = next(iter(batches), None)
         if first is None:
-            raise ValueError("val is empty: its loader yields no batch.")
+            raise ValueError(f"{what} is empty: its loader yields no batch.")
         fetched = dataset.__getitems__(first) if hasattr(dataset, "__getitems__") else [dataset[i] for i in first]
-        if is_measured_by_accuracy(distillation, loader):
-            _checked(distillation, loader.collate_fn(fetched), first=True)
+        check = _checked_for_training if what == "train" else _checked
+        if what == "train" or is_measured_by_accuracy(distillation, loader):
+            check(distillation, loader.collate_fn(fetched), first=True)
+            if isinstance(dataset, TensorImages):
+                check(distillation, dataset[:], first=True)
         if isinstance(dataset, TransformedImages):
-            for index in range(0, len(dataset), math.ceil(len(dataset) / _LOOKED_AT)):
-                dataset[index]
+            for index in spread(len(dataset), _LOOKED_AT):
+                _check_images(distillation, images_and_labels(dataset[index])[0][None])
+
+
+def _checked_for_training(distillation: Distillation, batch: Any, *, first: bool) -> None:
+    images, labels = images_and_labels(batch)
+    _check_images(distillation, images, look_at_values=first)
+    if labels is not None and distillation.method.ce_weight:
+        distillation.task.check_labels(labels, images, distillation.classes, first)
 
 
 def _checked(distillation: Distillation, batch: Any, *, first: bool) -> tuple[Tensor, Any]:
     images, labels = images_and_labels(batch)
     if labels is None:
         raise ValueError(WITHOUT_LABELS)
-    channels = distillation.student_inputs.spec.channels
-    check_images(images, channels, look_at_values=first, normalized=distillation.normalized)
+    # Reading values on a GPU waits for it.
+    _check_images(distillation, images, look_at_values=first or getattr(images, "is_cpu", False))
     return images, distillation.task.checked_for_evaluation(labels, images, distillation.classes)
+
+
+def _check_images(distillation: Distillation, images: Any, *, look_at_values: bool = True) -> None:
+    channels = distillation.student_inputs.spec.channels
+    check_images(images, channels, look_at_values=look_at_values, normalized=distillation.normalized)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hetkd.data.images import TransformedImages
 from hetkd.data.seeding import generators_kept, restore_random_state
 from hetkd.distillation import Distillation
-from hetkd.training.accelerator import make_accelerator, own_state_kept
+from hetkd.training.accelerator import gradients_enabled, make_accelerator, own_state_kept
 from hetkd.training.batches import Batch
 from hetkd.training.callbacks import Moment, as_callbacks
 from hetkd.training.checkpoint import RunFolder
@@ -52,6 +52,7 @@ def fit(
     folder = None if output_dir is None else RunFolder(output_dir, resume=resume, keep_last=checked.keep_last)
     distillation.look_at_values_again()
     with ExitStack() as stack:
+        stack.enter_context(gradients_enabled())
         stack.enter_context(generators_kept())
         stack.enter_context(own_state_kept())
         accelerator = make_accelerator(checked, None if folder is None else folder.path)
@@ -155,7 +156,8 @@ def finish(run: Run, saver: Saver, progress: TrainingProgress, trackers: Tracker
 def _why_ended(run: Run) -> str:
     state, options = run.state, run.options
     if options.max_steps is not None and state.steps >= options.max_steps:
-        return f"ended after max_steps={options.max_steps}"
+        more = "" if state.steps == options.max_steps else f", with the update of step {state.steps}"
+        return f"ended after max_steps={options.max_steps}{more}"
     if state.is_stopping:
         return "ended by a callback"
     if state.epoch >= run.epochs:
@@ -237,7 +239,9 @@ def train_step(run: Run, batch: Batch, terms: Terms) -> dict[str, Tensor]:
             accelerator.backward(output.loss if weight == 1 else weight * output.loss)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(_out_of_memory(len(images), run.options)) from error
-        terms.add(state.epoch, state.part.step, output.terms)
+        terms.add(state.epoch, state.part.step, output.terms, output.teacher_logits)
+        if accelerator.sync_gradients:
+            run.train.stretch_last_gradients(state.part.step, run.distillation)
         if accelerator.sync_gradients and run.options.clip_grad is not None:
             accelerator.clip_grad_norm_(run.distillation.parameters(), run.options.clip_grad)
         run.optimizer.step()

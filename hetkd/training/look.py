@@ -18,7 +18,6 @@ from hetkd.data.seeding import generators_kept
 from hetkd.data.survey import Survey, spread, survey
 from hetkd.distillation import Distillation
 from hetkd.features.tap import Tap
-from hetkd.models.labels import model_labels
 from hetkd.training.evaluate import can_be_looked_at, in_role
 
 _MEASURED, _BATCH, _SECONDS = 512, 32, 10.0
@@ -127,7 +126,7 @@ def teachers_accuracy(distillation: Distillation, data: Any, what: str) -> tuple
 
 def _refuse_strange_classes(distillation: Distillation, tap: Tap, top1: float) -> None:
     """Refuse a teacher that answers wrongly, and has a name for each of its classes but none of the data's."""
-    names, labels = distillation.class_names, model_labels(tap.model, tap.classes)
+    names, labels = distillation.class_names, tap.labels
     if names is None or labels is None or all(name.isdigit() for name in names):
         return
     if not any(number is not None for number in match(names, labels.names)):
@@ -146,6 +145,11 @@ def _answers(distillation: Distillation, tap: Tap, data: Any, what: str) -> tupl
         for images, classes in _labelled(alone, data, what):
             with torch.no_grad():
                 logits = alone.predict_checked(images.to(tap.device)).cpu()
+            if logits.isnan().any():
+                raise ValueError(
+                    f"the {tap.role}'s logits are NaN: look at its weights, "
+                    "all(p.isfinite().all() for p in teacher.parameters()), and load them again."
+                )
             found, right = alone.task.predicted_and_true(logits, classes)
             predicted.append(found)
             labels.append(right)

@@ -1,5 +1,6 @@
 """The options of a training run, checked before it starts."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from hetkd.data.samples import Keys
 from hetkd.training.callbacks import as_callbacks
 from hetkd.utils.checks import check_option_names, choice, not_negative, positive, unknown_name, whole_number
 
+_LARGEST_SEED = 4_000_000_000  # NumPy takes 32 bits, and each epoch and process adds to it
 LEARNING_RATES = {"sgd": 0.05, "adamw": 1e-3, "lamb": 5e-3}
 
 
@@ -46,8 +48,8 @@ class TrainingOptions:
         ema: Decay of the average of the student's weights, e.g. 0.9999; ``None``: no average.
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
-        class_weights: Weights of the classes in the cross-entropy: a number each, or ``"balanced"``: the inverse of
-            their shares of the training images.
+        class_weights: Weights of the classes in the cross-entropy: a number each, in the order of the data's classes,
+            or ``"balanced"``: the inverse of their shares of the training images.
         balanced_sampling: Draw training images so that each class comes equally often
             (``torch.utils.data.WeightedRandomSampler``), for unbalanced folders.
         label_smoothing: Smoothing of hard labels; the teacher's term does not change.
@@ -155,9 +157,11 @@ class TrainingOptions:
             if value is not None and not 0 < positive(name, value) <= 1:
                 raise ValueError(f"{name}={value} must be more than 0 and at most 1.")
         if not isinstance(self.class_weights, str | None):  # also an array
-            object.__setattr__(self, "class_weights", [float(x) for x in self.class_weights])
+            object.__setattr__(self, "class_weights", _checked_weights([float(x) for x in self.class_weights]))
         if isinstance(self.class_weights, str):
             choice("class_weights", self.class_weights, ["balanced"])
+        if not (hasattr(self.seed, "__index__") and 0 <= self.seed <= _LARGEST_SEED):
+            raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to {_LARGEST_SEED:,}.")
         as_callbacks(self.callbacks)
         if not (isinstance(self.returns, int) and self.returns >= 0):
             raise ValueError(f"returns={self.returns!r} must be a whole number of at least 0.")
@@ -205,6 +209,7 @@ class TrainingOptions:
             )
         if not callable(self.optimizer) and self.optimizer not in list_optimizers():
             raise unknown_name("optimizer", self.optimizer, list_optimizers())
+        _refuse_own_options(self.optimizer_options or {}, by_name=isinstance(self.optimizer, str))
         choice("scheduler", self.scheduler, ["cosine", "tanh", "step", "poly", "constant"])
         if self.lr is None and self.optimizer not in LEARNING_RATES:
             name = _word(self.optimizer)
@@ -244,6 +249,31 @@ class TrainingOptions:
             "callbacks": [_word(type(each)) for each in self.callbacks],
             "teacher_cache": None if self.teacher_cache is None else str(self.teacher_cache),
         }
+
+
+def _checked_weights(weights: list[float]) -> list[float]:
+    strange = next((number for number, weight in enumerate(weights) if not 0 <= weight < math.inf), None)
+    if strange is not None:
+        raise ValueError(
+            f"class_weights has {weights[strange]:g} for class {strange}: give numbers of at least 0, "
+            "class_weights=[1.0, 0.5, ...]."
+        )
+    if not any(weights):
+        raise ValueError("class_weights has only zeros, so no image counts: class_weights=[1.0, 0.5, ...].")
+    return weights
+
+
+def _refuse_own_options(given: Mapping[str, Any], *, by_name: bool) -> None:
+    """Refuse options of the optimizer that `fit` sets by options of its own."""
+    own = {"lr": "lr", "weight_decay": "weight_decay"}
+    if by_name:
+        own |= {"momentum": "momentum", "layer_decay": "layer_decay", "opt": "optimizer"}
+    for name in given:
+        if name in own:
+            raise ValueError(
+                f"optimizer_options has {name!r}, which is an option of fit itself: "
+                f"fit(..., {own[name]}={given[name]!r})."
+            )
 
 
 def _word(value: Any) -> Any:

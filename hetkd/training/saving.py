@@ -21,6 +21,7 @@ from hetkd.utils.distributed import largest_of_processes
 from hetkd.utils.files import with_prefix, without_prefix
 
 _KEPT = ("top1", "top5", "miou", "pixel_accuracy", "knn", "agreement")  # what a student's file says of it
+_DATA = ("train_images", "train_data", "teachers")  # and of the data
 FREE_SETTINGS = {
     "epochs",
     "versions",
@@ -46,6 +47,7 @@ FREE_SETTINGS = {
 """Settings that may differ between a run and its resumption without a word."""
 _OTHER_PROCESSES = {"processes", "effective_batch_size"}
 """Settings that may differ, with a note."""
+_OTHERS = {f"{split}_content": f"labels, file names or pixels of {split} are others" for split in ("train", "val")}
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
@@ -91,9 +93,11 @@ class Saver:
         if run.folder is None or before is None:
             return
         now = json.loads(json.dumps(run_settings(run), default=str))
-        before = _with_defaults(before)
+        before = {**{name: now[name] for name in run.fingerprints}, **_with_defaults(before)}  # older runs lack some
+        if before["val_content"] is None or now["val_content"] is None:  # unknown, or no validation
+            now["val_content"] = before["val_content"]
         changed = {
-            name: f"{name} was {before.get(name)!r} and is {value!r}"
+            name: _OTHERS.get(name) or f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in now.items()
             if name not in FREE_SETTINGS and before.get(name) != value
         }
@@ -123,7 +127,8 @@ class Saver:
         """Save students, history and a checkpoint after a whole epoch."""
         run = self.run
         kept = {name: x for name, x in run.state.history[-1].items() if name in _KEPT}
-        run.whole.trained = {"epochs": run.state.epoch, **kept, **run.fingerprints}
+        data = {name: run.fingerprints[name] for name in _DATA if name in run.fingerprints}
+        run.whole.trained = {"epochs": run.state.epoch, **kept, **data}
         if run.folder is None:
             return
         if run.accelerator.is_fsdp2:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from hetkd.cache.fingerprints import check_cache, fingerprint_data
+from hetkd.cache.fingerprints import check_cache, fingerprint_content, fingerprint_data, input_transforms
 from hetkd.cache.images import CachedImages
 from hetkd.cache.records import TeacherCache
 from hetkd.data.images import TensorImages, TransformedImages, length, make_loader
@@ -17,12 +17,12 @@ from hetkd.distillation import Distillation
 from hetkd.training.accelerator import prepare, uses_deepspeed
 from hetkd.training.batches import Batches, TargetMaker, shared_out
 from hetkd.training.checkpoint import RunFolder
-from hetkd.training.classes import name_classes
+from hetkd.training.classes import name_classes, refuse_nameless
 from hetkd.training.evaluate import (
     eval_loader,
     is_measured_by_accuracy,
     leave_unreadable_out,
-    look_at_validation,
+    look_at_images,
 )
 from hetkd.training.groups import class_weights, make_optimizer
 from hetkd.training.look import look_at_data, remarks, take_classes, teachers_accuracy
@@ -70,7 +70,7 @@ def set_up(
     if folder is not None and uses_deepspeed(accelerator):
         notes.append("DeepSpeed: students are saved after each epoch, but no checkpoint to resume from.")
     if val_loader is not None:
-        look_at_validation(whole, val_loader)
+        look_at_images(whole, val_loader, "val")
     return Run(
         whole=whole,
         distillation=distillation,
@@ -86,7 +86,7 @@ def set_up(
         options=options,
         epochs=epochs,
         keeps_checkpoints=folder is not None and not uses_deepspeed(accelerator),
-        fingerprints={} if folder is None else _fingerprints(train_loader, whole, notes),
+        fingerprints={} if folder is None else _fingerprints(train_loader, val_loader, whole, notes),
         notes=notes,
         teachers_top1=teachers_top1,
         kept_in_eval=_kept_in_eval(distillation.student),
@@ -106,6 +106,7 @@ def _open_data(
     val_loader = None
     if val is not None:
         val_loader = eval_loader(distillation, val, 2 * options.batch_size, options.num_workers, options.keys, notes)
+        refuse_nameless(distillation, trained, getattr(val_loader, "dataset", None))
         if options.unreadable == "skip":
             leave_unreadable_out(val_loader, notes)
         surveys += look_at_data({"val": val_loader})
@@ -141,9 +142,13 @@ def _refuse_in_processes(distillation: Distillation, val: Iterable[Any], *, shar
 
 
 def _weigh_classes(distillation: Distillation, options: TrainingOptions, dataset: Any, device: torch.device) -> None:
+    """Weigh the cross-entropy; a list is in the order of the data's classes, if it has as many weights."""
     classes, is_balanced = distillation.classes, isinstance(options.class_weights, str)
     counts = distillation.task.class_counts(dataset, classes) if is_balanced and classes else None
     weights = class_weights(options, counts, classes)
+    order = getattr(dataset, "label_map", None)
+    if weights is not None and not is_balanced and order is not None and len(order) == len(weights):
+        weights = torch.empty_like(weights).index_copy_(0, torch.tensor(order), weights)
     distillation.method.class_weights = None if weights is None else weights.to(device)
 
 
@@ -227,7 +232,7 @@ def _make_scheduler(optimizer: Any, options: TrainingOptions, epochs: float, upd
     """Make timm's schedule; ``None`` where the number of updates is unknown."""
     from timm.scheduler import create_scheduler_v2
 
-    last = None if options.max_steps is None else options.max_steps // options.gradient_accumulation
+    last = None if options.max_steps is None else math.ceil(options.max_steps / options.gradient_accumulation)
     if updates is None:
         epochs, updates = 1, last
     elif last is not None:
@@ -256,10 +261,9 @@ def _make_scheduler(optimizer: Any, options: TrainingOptions, epochs: float, upd
     return scheduler
 
 
-def _fingerprints(loader: Iterable[Any], distillation: Distillation, notes: list[str]) -> dict[str, Any]:
-    """Return what tells the training data and the teachers from others, for records of the run."""
-    dataset: Any = getattr(loader, "dataset", None)
-    digest = None
+def _fingerprints(train: Any, val: Any, distillation: Distillation, notes: list[str]) -> dict[str, Any]:
+    """Return what tells data, teachers and input transforms from others, for records of the run."""
+    dataset, digest = getattr(train, "dataset", None), None
     if isinstance(dataset, (TransformedImages, TensorImages)):
         digest, again = fingerprint_data(dataset), fingerprint_data(dataset)
         if digest != again:
@@ -268,5 +272,12 @@ def _fingerprints(loader: Iterable[Any], distillation: Distillation, notes: list
     return {
         "train_images": length(dataset),
         "train_data": digest,
+        "train_content": _content(dataset),
+        "val_content": _content(getattr(val, "dataset", None)),
+        "inputs": input_transforms(list(distillation.taps.values())),
         "teachers": distillation.teachers.fingerprints(),
     }
+
+
+def _content(dataset: Any) -> str | None:
+    return fingerprint_content(dataset) if isinstance(dataset, (TransformedImages, TensorImages)) else None

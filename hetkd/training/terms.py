@@ -27,9 +27,12 @@ class Terms:
         self.part, self.folder = part, folder
         self.newest: dict[str, float] = {}
         self.pending: list[tuple[int, int, Tensor]] = []
+        self._teacher_is_finite: Tensor | None = None
 
-    def add(self, epoch: int, step: int, terms: dict[str, Tensor]) -> None:
-        """Take the terms of one step; nothing waits for them yet."""
+    def add(self, epoch: int, step: int, terms: dict[str, Tensor], teacher_logits: Tensor | None = None) -> None:
+        """Take the terms of one step, and look at the teacher's logits of the first one; nothing waits for it yet."""
+        if teacher_logits is not None and self._teacher_is_finite is None:
+            self._teacher_is_finite = teacher_logits.detach().isfinite().all()
         self.part.names = list(terms)
         self.pending.append((epoch, step, torch.stack([term.detach().float() for term in terms.values()])))
 
@@ -60,9 +63,10 @@ class Terms:
         if not len(bad):
             what = "a loss term of another process is NaN or Inf"
         kept = "" if self.folder is None else f" The last good checkpoint is in {self.folder.path / CHECKPOINTS}."
-        raise TrainingDiverged(
-            f"{what} at epoch {epoch + 1}, step {step}: try a lower lr, clip_grad=1.0, or mixed_precision='no'.{kept}"
-        )
+        cure = "try a lower lr, clip_grad=1.0, or mixed_precision='no'"
+        if self._teacher_is_finite is not None and not self._teacher_is_finite:
+            cure = "the teacher's own logits are NaN or Inf: look at its weights, and at what masks its logits"
+        raise TrainingDiverged(f"{what} at epoch {epoch + 1}, step {step}: {cure}.{kept}")
 
     def means(self, accelerator: Any) -> dict[str, float]:
         """Return the means of the terms over the epoch and all processes."""

@@ -10,6 +10,17 @@ from typing import Any
 from torch import Tensor
 
 
+def output_folder(path: str | Path) -> Path:
+    """Return an ``output_dir`` as an absolute path, which stays the same where the working directory changes.
+
+    Raises:
+        ValueError: If it is empty.
+    """
+    if not str(path):
+        raise ValueError("output_dir='' names no folder: output_dir='runs/first', or '.' for the current one.")
+    return Path(path).expanduser().absolute()
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, flushes it to disk, and moves it there in one step.
 

@@ -99,7 +99,7 @@ def test_frozen_parts_in_eval_mode_stay_so_and_a_loaded_student_trains():
 def test_shared_modules_are_refused():
     teacher, student = tiny_cnn(), tiny_cnn()
     student.conv1 = teacher.conv1
-    with pytest.raises(ValueError, match="share parameters"):
+    with pytest.raises(ValueError, match="share parameters or statistics"):
         Distiller(teacher, student, "kd", input_size=32)
     assert all(p.requires_grad for p in student.parameters())
 
@@ -184,11 +184,29 @@ def test_a_file_of_another_number_of_classes_is_loaded_without_its_head(tmp_path
     assert model.fc.out_features == 12
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_sigmoid_at_the_end_is_refused_and_quantised_students():
+    teacher = nn.Sequential(tiny_vit(), nn.Sigmoid())
+    with pytest.raises(ValueError, match=r"yields probabilities, all between 0 and 1.*\.logit\(\) after a sigmoid"):
+        Distiller(teacher, tiny_cnn(), "kd", input_size={"teacher": 32, "student": 32})
+    undone = Distiller(nn.Sequential(teacher, Logit()), tiny_cnn(), "kd", input_size={"teacher": 32, "student": 32})
+    undone(*batch(4)).loss.backward()
+    student = torch.ao.quantization.quantize_dynamic(tiny_cnn(), {nn.Linear})
+    with pytest.raises(TypeError, match=r"student has quantised modules \(fc, .*\), which do not learn.*simulate_int8"):
+        Distiller(None, student, "ce", input_size=32)
+
+
+class Logit(nn.Module):
+    def forward(self, x):
+        return x.logit()
+
+
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_models_that_end_in_a_softmax_are_refused(role):
     models, sizes = {"teacher": tiny_vit(), "student": tiny_cnn()}, {"teacher": 32, "student": 32}
     models[role] = nn.Sequential(models[role], nn.Softmax(1))
-    with pytest.raises(ValueError, match=f"the {role} yields probabilities, which sum to 1, but losses take logits"):
+    with pytest.raises(ValueError, match=f"the {role} yields probabilities, all between 0 and 1, but losses"):
         Distiller(**models, method="kd", input_size=sizes)
     as_logits = nn.Sequential(models[role], Log())
     Distiller(**{**models, role: as_logits}, method="kd", input_size=sizes)(*batch(4)).loss.backward()

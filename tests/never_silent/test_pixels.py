@@ -226,3 +226,14 @@ def test_a_hugging_face_model_without_its_processor_is_a_warning(tmp_path):
     hugging_face("vit", HUGGING_FACE[0][1]).save_pretrained(tmp_path / "vit")
     with pytest.warns(RuntimeWarning, match="has no image processor at hand"):
         Distiller(f"hf:{tmp_path / 'vit'}", tiny_cnn(num_classes=5), "kd")
+
+
+def test_pixels_that_use_little_of_their_range_are_said(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            Image.fromarray(np.full((32, 32), 200, np.uint16)).save(tmp_path / name / f"{index}.png")
+    student = Distiller(None, tiny_cnn(num_classes=2), "ce", input_size=32)
+    assert "the brightest pixel of 8 images is 200 of 65535" in student.check(tmp_path).problems[0]
+    binary = (torch.randint(2, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2)
+    assert "the brightest pixel of 8 images is 1 of 255" in student.check(binary).problems[0]
