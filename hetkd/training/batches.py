@@ -188,7 +188,9 @@ class Batches:
         """Do what `weight` does, but to the gradients, at the end of a stream, which shows only when it is there."""
         window = self.options.gradient_accumulation
         batches = step % window
-        for parameter in model.parameters() if batches and self.count is None else []:
+        # Accelerate ends a window with a loader; windows of other iterables go on in the next epoch.
+        is_stream = self.count is None and isinstance(self.loader, DataLoader)
+        for parameter in model.parameters() if batches and is_stream else []:
             if parameter.grad is not None:
                 parameter.grad.mul_(window / batches)
 

@@ -217,18 +217,32 @@ class Stream(IterableDataset):
         return iter([(torch.full((3, 32, 32), shade.item()), int(3 * shade)) for shade in shades])
 
 
-def test_the_last_window_of_a_stream_counts_its_own_batches():
+class Batches:
+    """Batches without a length, of which Accelerate does not see the end."""
+
+    def __iter__(self):
+        return iter(list(DataLoader(Stream(), 8)))
+
+
+@pytest.mark.parametrize(
+    ("data", "windows"),
+    [
+        (DataLoader(Stream(), 8), [[0, 1], [2], [0, 1], [2]]),
+        (Batches(), [[0, 1], [2, 0], [1, 2]]),
+    ],
+)
+def test_the_last_window_of_a_stream_counts_its_own_batches(data, windows):
     student = tiny_cnn(num_classes=4)
     expected = copy.deepcopy(student).train()
     optimizer = torch.optim.SGD(expected.parameters(), 0.1)
     batches, run = list(DataLoader(Stream(), 8)), alone(expected)
-    for window in (batches[:2], batches[2:]):
-        for images, labels in window:
-            (run(images, labels).loss / len(window)).backward()
+    for window in windows:
+        for index in window:
+            (run(*batches[index]).loss / len(window)).backward()
         optimizer.step()
         optimizer.zero_grad()
     options = {"optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "weight_decay": 0.0, "scheduler": "constant"}
-    alone(student).fit(DataLoader(Stream(), 8), epochs=1, gradient_accumulation=2, **options, **QUIET)
+    alone(student).fit(data, epochs=2, gradient_accumulation=2, **options, **QUIET)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(student.state_dict()[name], value, msg=name)
 
