@@ -71,7 +71,13 @@ def images_and_labels(batch: Any, keys: Keys = Keys()) -> tuple[Any, Any]:  # no
     )
 
 
-def _from_dict(sample: Mapping[str, Any], keys: Keys) -> tuple[Any, Any]:
+def keys_in(sample: Mapping[str, Any], keys: Keys = Keys()) -> tuple[str, str | None]:  # noqa: B008
+    """Return the keys of image and label in a sample; ``None`` for the label if there is none.
+
+    Raises:
+        TypeError: If there is no image, or it is not clear which key is meant.
+        ValueError: If a given key is not there.
+    """
     for name, key in keys._asdict().items():
         if key is not None and key not in sample:
             raise ValueError(f"{name}_key={key!r} is none of a sample's keys {sorted(sample)}.")
@@ -82,7 +88,11 @@ def _from_dict(sample: Mapping[str, Any], keys: Keys) -> tuple[Any, Any]:
         )
     label = keys.label or _key(sample, _LABEL_KEYS, _is_class, "label", other_than=image)
     masks = (name for name in MASK_KEYS if isinstance(sample.get(name), Tensor) and name != image)
-    label = label or next(masks, None)
+    return image, label or next(masks, None)
+
+
+def _from_dict(sample: Mapping[str, Any], keys: Keys) -> tuple[Any, Any]:
+    image, label = keys_in(sample, keys)
     return sample[image], None if label is None else sample[label]
 
 

@@ -1,7 +1,7 @@
 """A look at a split before training: how many images of which classes, how large, and which cannot be read."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 from hetkd.data.images import TensorImages, TransformedImages
 from hetkd.data.labels import known_labels
 from hetkd.data.pictures import is_of_content
+from hetkd.data.samples import keys_in
 
 _SIZES_READ, _THREADS, _PIXELS_READ, _DARK = 32, 8, 16, 16
 Split = TransformedImages | TensorImages
@@ -64,12 +65,26 @@ def survey(dataset: Split, what: str, *, looked_at: Sequence[int] = ()) -> Surve
         looked_at: The images to read, to find those that cannot be read.
     """
     _warn_of_dark(dataset, what)
+    if isinstance(dataset, TransformedImages):
+        dataset.notes += _said_of_labels(dataset, what)
     labels = known_labels(dataset)
     names = dataset.class_names if isinstance(dataset, TransformedImages) else None
     counts = None if labels is None else labels.clamp(min=0).bincount(minlength=len(names or []))
     bad = unreadable(dataset, looked_at) if isinstance(dataset, TransformedImages) else []
     named = [dataset.name_of(index) for index in bad] if isinstance(dataset, TransformedImages) else []
     return Survey(what, len(dataset), counts, names, _median_size(dataset), named)
+
+
+def _said_of_labels(dataset: TransformedImages, what: str) -> list[str]:
+    """Say in which column the labels of samples that are dicts were found, unless it is called so."""
+    try:
+        sample = None if dataset.has_masks else dataset.dataset[0]
+    except Exception as error:
+        if not is_of_content(error):
+            raise
+        return []
+    key = keys_in(sample, dataset.keys)[1] if isinstance(sample, Mapping) else None
+    return [] if key in (None, "label", "labels") else [f"{what}: labels are in {key!r}"]
 
 
 def _warn_of_dark(dataset: Split, what: str) -> None:

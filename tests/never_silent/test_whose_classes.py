@@ -178,6 +178,7 @@ class Dicts(Dataset):
 
 def test_keys_are_of_datasets_and_exist():
     assert top1(Dicts(), Dicts(), label_key="fine") == 100
+    assert "train: labels are in 'fine'" in alone().check(Dicts(), label_key="fine").notes
     with pytest.raises(ValueError, match=r"label_key='fine' is for data sets, but train is a loader"):
         alone().fit(DataLoader(Dicts(), 8), label_key="fine", epochs=1, **QUIET)
     with pytest.raises(ValueError, match=r"label_key='fin' is none of a sample's keys \['fine', 'image', 'label'\]"):
