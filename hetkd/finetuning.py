@@ -157,7 +157,7 @@ def _head(distiller: Distiller, train: Any, val: Any, path: Path, keys: Keys, op
     loading: dict[str, Any] = {"num_workers": options.get("num_workers", 0), "keys": keys}
     loading["unreadable"] = options.get("unreadable", "error")
     images = _as_evaluated(distiller, train, options["batch_size"], **loading)
-    for note in name_classes(distiller, getattr(images, "dataset", None)):
+    for note in name_classes(distiller, images):
         print(note)
     if path.exists():
         load_weights(distiller.student, path)

@@ -36,8 +36,15 @@ def hugging_face():
 
 @pytest.mark.parametrize(
     "make",
-    [cnn, lambda: cnn(in_chans=1), lambda: load_model("timm:test_vit", pretrained=False, num_classes=4, img_size=64)],
-    ids=["cnn", "grey", "vit"],
+    [
+        pytest.param(cnn, id="cnn"),
+        pytest.param(lambda: cnn(in_chans=1), id="grey", marks=pytest.mark.slow),
+        pytest.param(
+            lambda: load_model("timm:test_vit", pretrained=False, num_classes=4, img_size=64),
+            id="vit",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_onnx_answers_as_pytorch_with_any_number_of_images(tmp_path, make):
     path = student_file(tmp_path, make())
@@ -108,6 +115,7 @@ def test_int8_is_calibrated_and_its_accuracy_reported(tmp_path):
     assert json.loads(graph.get_modelmeta().custom_metadata_map["classes"]) == NAMES
 
 
+@pytest.mark.slow
 def test_classes_of_the_images_are_the_students(tmp_path):
     for name in ("elm", "birch"):  # without the first and the third: alone they would be 0 and 1
         (tmp_path / "photos" / name).mkdir(parents=True)

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch.utils.data import DataLoader, default_collate, default_convert
+
 Names = Sequence[tuple[str, ...]]
 
 
@@ -12,23 +14,23 @@ def class_names(dataset: Any, label: str | None = None) -> list[str] | None:
     """Return the names of a data set's classes, in the order of its labels, or ``None`` where it has none.
 
     Folders, torchvision's data sets (``classes``, numbered by ``class_to_idx`` and ``target_transform``) and Hugging
-    Face's (``ClassLabel``) have them; so do their subsets and sums, and loaders of them.
+    Face's (``ClassLabel``) have them; so do their subsets and sums, and loaders with PyTorch's own collation.
 
     Args:
         dataset: One of these.
         label: The column of labels, where there are several.
-
-    Raises:
-        ValueError: If the parts of a sum number their classes differently.
     """
-    if hasattr(dataset, "dataset") and (hasattr(dataset, "indices") or hasattr(dataset, "batch_sampler")):
+    if isinstance(dataset, DataLoader):
+        return class_names(dataset.dataset, label) if dataset.collate_fn in (default_collate, default_convert) else None
+    if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
         return class_names(dataset.dataset, label)
     if hasattr(dataset, "datasets") and hasattr(dataset, "cumulative_sizes"):
-        return _names_in_common([class_names(part, label) for part in dataset.datasets])
+        of_parts = [class_names(part, label) for part in dataset.datasets]
+        return None if None in of_parts or differing_parts(dataset, label) else of_parts[0]
     features = getattr(dataset, "features", None)
     if isinstance(features, Mapping):
         return _names_of_column(features, label)
-    names = getattr(dataset, "classes", None)
+    names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)  # ImageNet's ids, which are unique
     if not isinstance(names, (list, tuple)) or not names:
         return None
     firsts = [name[0] if isinstance(name, (list, tuple)) and name else name for name in names]
@@ -40,15 +42,13 @@ def class_names(dataset: Any, label: str | None = None) -> list[str] | None:
     return _numbered(firsts, list(range(len(firsts))), dataset)
 
 
-def _names_in_common(names: list[list[str] | None]) -> list[str] | None:
-    known = [each for each in names if each is not None]
-    if any(each != known[0] for each in known):
-        listed = "; ".join(_listed(each) for each in known)
-        raise ValueError(
-            f"parts of a sum of data sets number other classes from 0 ({listed}): put the images into one folder of "
-            "class folders, or give each part a target_transform to common numbers and no attribute classes."
-        )
-    return known[0] if known and len(known) == len(names) else None
+def differing_parts(dataset: Any, label: str | None = None) -> str:
+    """Return the names of the classes of each part of a sum, if parts give one number to different classes."""
+    if hasattr(dataset, "dataset") and not hasattr(dataset, "cumulative_sizes"):
+        return differing_parts(dataset.dataset, label)
+    known = [names for part in getattr(dataset, "datasets", ()) if (names := class_names(part, label)) is not None]
+    alike = all(match(names, [(name,) for name in known[0]]) == list(range(len(known[0]))) for names in known)
+    return "" if alike else "; ".join(_listed(names) for names in known)
 
 
 def _names_of_column(features: Mapping[str, Any], label: str | None) -> list[str] | None:

@@ -18,6 +18,7 @@ _SPLIT = re.compile(  # train2017, test_set, ...
     r"[\W_]*(set|split|data|images)?[\W_]*\d*",
     re.IGNORECASE,
 )
+_FOLD = re.compile(r"(fold|part|split|cv|subset|labell?ed|unlabell?ed)[\W_]*\d*", re.IGNORECASE)
 _LITTER = {"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
 _LITTER |= {"thumbs.db", "desktop.ini"}
 
@@ -68,7 +69,9 @@ class ClassFolders(Dataset[Any]):
             left_out.update(file.suffix.lower() or "no extension" for file in files if not is_image(file))
             self.samples += [(image, label) for image in images]
             inner[folder.name] = _inner_folders(folder, images)
-        _refuse_folds(path, what, inner)
+        alike = _alike_inside(inner)
+        if alike and all(_FOLD.fullmatch(name) for name in alike):
+            raise ValueError(f"{_instead(path, what, alike)} If they are classes, rename them.")
         empty = [name for name in names if not inner[name]]
         if not names or len(empty) == len(names):
             raise ValueError(
@@ -82,6 +85,8 @@ class ClassFolders(Dataset[Any]):
             )
         beside = [entry.name for entry in visible(path) if is_image(entry) and entry.is_file()]
         self.notes = _notes(what, names, left_out, beside)
+        if alike:
+            self.notes.append(f"{what}: the classes {_some(alike, ' and ')} hold subfolders of the same names")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -169,23 +174,16 @@ def _refuse_splits(path: Path, what: str, names: list[str]) -> None:
         raise ValueError(f"{_instead(path, what, splits)} If they are classes, rename them.")
 
 
-def _refuse_folds(path: Path, what: str, inner: Mapping[str, set[str]]) -> None:
-    """Refuse splits of any name: folders without images of their own whose subfolders have the same names.
+def _alike_inside(inner: Mapping[str, set[str]]) -> list[str]:
+    """Return the folders without images of their own whose subfolders are mostly those of others, as of folds.
 
     Args:
-        path: The folder.
-        what: Name of the argument.
         inner: By its name the subfolders of each folder, see `_inner_folders`.
     """
     nested = {name: folders for name, folders in inner.items() if folders and "" not in folders}
     often = Counter(chain.from_iterable(nested.values()))
     alike = [name for name, own in nested.items() if 2 * sum(often[each] > 1 for each in own) >= len(own)]
-    if len(alike) > 1 and 2 * len(alike) >= len(inner):  # a few classes among many may be nested alike
-        shared = next(each for each in sorted(often) if often[each] > 1)
-        raise ValueError(
-            f"{_instead(path, what, alike)} They hold folders of the same names, as {shared!r}; if they are classes, "
-            "move their images out of these subfolders."
-        )
+    return alike if len(alike) > 1 and 2 * len(alike) >= len(inner) else []
 
 
 def _instead(path: Path, what: str, splits: list[str]) -> str:

@@ -89,7 +89,7 @@ class TransformedImages(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """Return the samples of a batch; PyTorch's loader asks for them in this way."""
         samples = [self[index] for index in indices]
-        check_alike(samples, [self.name_of(index) for index in indices])
+        check_alike(samples, lambda number: self.name_of(indices[number]))
         return samples
 
     def _load(self, index: int) -> Any:
@@ -133,7 +133,7 @@ class TransformedImages(Dataset[Any]):
 
         Raises:
             TypeError: If it is no image.
-        UnreadableImage: If its content is damaged.
+            UnreadableImage: If its content is damaged.
         """
         return self.as_it_is(index)[0]
 

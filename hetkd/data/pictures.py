@@ -126,6 +126,6 @@ def name_of(dataset: Any, index: int) -> str:
         part = bisect_right(dataset.cumulative_sizes, index)
         return name_of(dataset.datasets[part], index - (dataset.cumulative_sizes[part - 1] if part else 0))
     samples = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None) or getattr(dataset, "paths", None)
-    if samples is None:
+    if not isinstance(samples, (list, tuple)) or index >= len(samples):
         return f"image {index}"
     return str(samples[index][0] if isinstance(samples[index], tuple) else samples[index])

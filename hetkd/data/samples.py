@@ -1,6 +1,6 @@
 """Images and labels out of the samples of a dataset or loader."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -128,17 +128,19 @@ def checked_label(label: Any, name: str) -> Any:
     return label
 
 
-def check_alike(samples: Sequence[Any], names: Sequence[str]) -> None:
+def check_alike(samples: Sequence[Any], name_of: Callable[[int], str]) -> None:
     """Raise ValueError, with the names of two, if images of a batch differ in shape or only some have labels."""
     images = [sample[0] if isinstance(sample, tuple) else sample for sample in samples]
-    for sample, image, name in zip(samples, images, names, strict=True):
+    for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
         if isinstance(sample, tuple) != isinstance(samples[0], tuple):
-            without, other = (names[0], name) if isinstance(sample, tuple) else (name, names[0])
-            raise ValueError(f"{without} has no label, but {other} has one: give each image a label, or none.")
+            without, other = (0, number) if isinstance(sample, tuple) else (number, 0)
+            raise ValueError(
+                f"{name_of(without)} has no label, but {name_of(other)} has one: give each image a label, or none."
+            )
         if image.shape != images[0].shape:
             raise ValueError(
-                f"{name} has the shape {list(image.shape)}, and {names[0]} {list(images[0].shape)}: tensors stay as "
-                "they are, so resize them in the dataset, or yield PIL images."
+                f"{name_of(number)} has the shape {list(image.shape)}, and {name_of(0)} {list(images[0].shape)}: "
+                "tensors stay as they are, so resize them in the dataset, or yield PIL images."
             )
 
 

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from hetkd.features.adapter import Adapter, Stage
 from hetkd.features.hooks import eval_mode, tapped
 
-_TOO_MANY_BY_CHANCE = 20  # outputs between 0 and 1
-
 
 class NoSpatialFeatures(ValueError):
     """A model yields no feature map anywhere; it can only be distilled by its logits."""
@@ -66,14 +64,16 @@ def probe(
     yields_logits = {name for name, x in zip(listed, features.maps, strict=False) if x is features.logits}
     found = [Stage(name, *shapes[name]) for name in names]
     of_one_pixel = is_dense and features.logits is not None and features.logits.shape[2:] == (1, 1)
-    return Probe(found, classes, pooled, is_dense, yields_logits, _are_probabilities(features.logits), of_one_pixel)
+    return Probe(
+        found, classes, pooled, is_dense, yields_logits, _are_probabilities(features.logits, model), of_one_pixel
+    )
 
 
-def _are_probabilities(logits: Tensor | None) -> bool:
+def _are_probabilities(logits: Tensor | None, model: nn.Module) -> bool:
     if logits is None or logits.shape[1] < 2 or bool((logits < 0).any()):
         return False
     sum_to_1 = torch.allclose(logits.float().sum(1), torch.ones((), device=logits.device), atol=1e-3)
-    return sum_to_1 or (logits.numel() >= _TOO_MANY_BY_CHANCE and bool(((logits > 0) & (logits < 1)).all()))
+    return sum_to_1 or (isinstance(list(model.modules())[-1], nn.Sigmoid) and bool((logits <= 1).all()))
 
 
 def _in_order_of_depth(listed: list[str], added: list[str], finished: list[str]) -> list[str]:

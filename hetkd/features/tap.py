@@ -213,7 +213,11 @@ def refuse_frozen_graphs(role: str, model: nn.Module) -> None:
         kind = "exported (torch.export)"
     if kind:
         raise TypeError(f"the {role} is {kind}: its modules cannot be tapped; pass the module that it was made of.")
-    fixed = [name for name, module in model.named_modules() if ".ao.nn.quantized" in type(module).__module__]
+    fixed = [
+        name
+        for name, module in model.named_modules()
+        if ".ao.nn.quantized" in type(module).__module__ and not type(module).__name__.endswith("FloatFunctional")
+    ]
     if role == "student" and fixed:
         raise TypeError(
             f"the student has quantised modules ({', '.join(fixed[:3])}), which do not learn: train the float module, "

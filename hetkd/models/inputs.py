@@ -274,7 +274,7 @@ def check_labels(labels: Any, batch: int, classes: int | None, look_at_values: b
     if labels.ndim == 2 and labels.is_floating_point():
         if labels.shape != (batch, classes or labels.shape[1]):
             raise ValueError(f"labels have shape {list(labels.shape)}, not [{batch}, {classes}].")
-        if look_at_values and not ((labels.float().sum(1) - 1).abs().max() < 1e-2 and labels.min() >= 0):
+        if look_at_values and not ((labels.float().sum(1) - 1).abs().max() < 1e-2 and labels.min() > -1e-2):
             raise ValueError(
                 "labels are floats that are negative or do not sum to 1 (the first row to "
                 f"{labels[0].sum().item():.4g}, from {labels[0].min().item():.4g}): they must be probabilities, not "

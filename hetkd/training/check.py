@@ -10,8 +10,8 @@ from hetkd.data.images import TensorImages, TransformedImages, make_loader
 from hetkd.data.samples import Keys
 from hetkd.data.survey import Survey, survey
 from hetkd.distillation import Distillation
-from hetkd.training.classes import name_classes, refuse_nameless
-from hetkd.training.evaluate import eval_loader, look_at_images
+from hetkd.training.classes import name_classes
+from hetkd.training.evaluate import eval_loader, look_at_images, refuse_nameless
 from hetkd.training.look import remarks, take_classes, teachers_accuracy
 
 _SHOWN = 30
@@ -79,11 +79,11 @@ def _look(distillation: Distillation, train: Any, val: Any, batch_size: int, key
     trained = getattr(loaders["train"], "dataset", None)
     tried(lambda: _survey(found, "train", trained))
     take_classes(distillation, found.surveys)
-    found.notes += tried(lambda: name_classes(distillation, trained)) or []
+    found.notes += tried(lambda: name_classes(distillation, loaders["train"])) or []
     found.notes += tried(lambda: distillation.task.remarks(trained)) or []
     if val is not None:
         loaders["val"] = tried(lambda: eval_loader(distillation, val, batch_size, 0, keys, found.notes))
-        tried(lambda: refuse_nameless(distillation, trained, getattr(loaders["val"], "dataset", None)))
+        tried(lambda: refuse_nameless(distillation, trained, loaders["val"]))
         tried(lambda: _survey(found, "val", getattr(loaders["val"], "dataset", None)))
     for what, loader in loaders.items():
         if not any(each.unreadable for each in found.surveys if each.what == what):  # which is a problem of its own

@@ -2,21 +2,21 @@
 
 from typing import Any
 
-from hetkd.data.classes import class_names, match
+from hetkd.data.classes import class_names, differing_parts, match
 from hetkd.data.images import TransformedImages
 from hetkd.distillation import Distillation
 from hetkd.features.tap import Tap
 from hetkd.models.labels import Labels
 
 
-def name_classes(distillation: Distillation, dataset: Any) -> list[str]:
+def name_classes(distillation: Distillation, loader: Any) -> list[str]:
     """Put the labels of training data into the models' order, and remember the names of the classes.
 
     The order is the teacher's where its logits teach, else that of a student which knows these classes already.
 
     Args:
         distillation: Keeps the names as ``class_names``.
-        dataset: Training data; the labels of a loader's own data set stay as they are.
+        loader: Of the training data; the labels of a loader of the user's own stay as they are.
 
     Returns:
         What to tell the user.
@@ -25,13 +25,12 @@ def name_classes(distillation: Distillation, dataset: Any) -> list[str]:
         ValueError: If data and teacher have other classes, but the method compares logits; if teachers, or a loader and
             a teacher, have these classes in another order; or if there is one class only.
     """
-    if isinstance(dataset, TransformedImages):
-        names, notes = dataset.class_names, list(dataset.notes)
-    else:
-        names, notes = class_names(dataset), []
-        if names is not None and len(names) != distillation.classes:
-            names = None  # of something else
-    if names is None:
+    dataset: Any = getattr(loader, "dataset", None)
+    is_ours = isinstance(dataset, TransformedImages)
+    names, notes = (dataset.class_names, list(dataset.notes)) if is_ours else (class_names(loader), [])
+    if distillation.method.ce_weight:
+        refuse_differing_parts(loader, "train")
+    if names is None or not (is_ours or len(names) == distillation.classes):  # names of something else
         return notes
     if distillation.method.ce_weight and len(names) == 1:
         raise ValueError(
@@ -40,24 +39,39 @@ def name_classes(distillation: Distillation, dataset: Any) -> list[str]:
         )
     distillation.task.check_names(names, distillation.classes)
     distillation.class_names = list(names)
-    known = _names_of_models(distillation, names)
+    known = _names_of_models(distillation, names, strict=is_ours)
     if known is not None:
         role, of_model = known
         if of_model[: len(names)] != names:
             first = of_model.index(names[0])
-            if not isinstance(dataset, TransformedImages):
+            if not is_ours:
                 raise ValueError(
                     f"train is a loader, whose labels stay as they are: {names[0]!r} is 0 there, but {first} of the "
-                    f"{role}. Give its data set, fit(loader.dataset, ...): its labels follow the names."
+                    f"{role}. Give its data set, fit(loader.dataset, ...), whose labels follow the names, or number "
+                    "the labels yourself, in a collate_fn."
                 )
             notes.append(f"labels of train follow the {role}'s classes by name: {names[0]!r} is {first}, ...")
-        if isinstance(dataset, TransformedImages):
+        if is_ours:
             dataset.order_classes(of_model, f"the {role}", "train")
         distillation.class_names = of_model
     return notes
 
 
-def _names_of_models(distillation: Distillation, names: list[str]) -> tuple[str, list[str]] | None:
+def refuse_differing_parts(loader: Any, what: str) -> None:
+    """Refuse a sum of data sets that gives one number to different classes.
+
+    Raises:
+        ValueError: If so.
+    """
+    parts = differing_parts(getattr(loader, "dataset", None))
+    if parts:
+        raise ValueError(
+            f"{what} is a sum of data sets that number other classes from 0 ({parts}): put the images into one folder "
+            "of class folders, or give each part a target_transform to common numbers."
+        )
+
+
+def _names_of_models(distillation: Distillation, names: list[str], *, strict: bool) -> tuple[str, list[str]] | None:
     """Return the role of the model whose order of the classes counts, and the names of its classes.
 
     Raises:
@@ -68,7 +82,7 @@ def _names_of_models(distillation: Distillation, names: list[str]) -> tuple[str,
         tap = distillation.student_tap
         of_student = names_of_model(names, tap, strict=False) if method.uses_student_logits and tap.classes else None
         return None if of_student is None else (tap.role, of_student)
-    found = {tap.role: of for tap in distillation.teachers.taps if (of := names_of_model(names, tap, strict=True))}
+    found = {tap.role: of for tap in distillation.teachers.taps if (of := names_of_model(names, tap, strict=strict))}
     orders = {role: [of_teacher.index(name) for name in names] for role, of_teacher in found.items()}
     first = next(iter(found), None)
     for role, order in orders.items():
@@ -79,22 +93,6 @@ def _names_of_models(distillation: Distillation, names: list[str]) -> tuple[str,
                 "kd_weight=0."
             )
     return None if first is None else (first, found[first])
-
-
-def refuse_nameless(distillation: Distillation, trained: Any, dataset: Any) -> None:
-    """Refuse validation data without names where labels of the training data follow names.
-
-    Raises:
-        ValueError: If so.
-    """
-    if getattr(trained, "label_map", None) is None or not distillation.method.uses_student_logits:
-        return
-    names = dataset.class_names if isinstance(dataset, TransformedImages) else class_names(dataset)
-    if names is None:
-        raise ValueError(
-            "labels of train follow the models' classes by name, but val has labels without names, which would count "
-            "as other classes: give val as class folders, or as a data set with the attribute classes."
-        )
 
 
 def names_of_model(names: list[str], tap: Tap, *, strict: bool) -> list[str] | None:

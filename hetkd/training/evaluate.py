@@ -18,11 +18,11 @@ from hetkd.distillation import Distillation
 from hetkd.features.hooks import eval_mode
 from hetkd.models.inputs import check_images
 from hetkd.training.agreement import MOST_IMAGES, NOTHING_TO_AGREE_WITH, measure_agreement
-from hetkd.training.classes import names_of_model
+from hetkd.training.classes import names_of_model, refuse_differing_parts
 from hetkd.training.signals import quietly
 from hetkd.utils.checks import choice
 
-_LOOKED_AT = 64
+_LOOKED_AT, _FAR_BRIGHTER = 64, 16.0
 WITHOUT_LABELS = "val has images without labels, which say nothing of accuracy: leave val out."
 
 
@@ -139,19 +139,38 @@ def eval_loader(
     if isinstance(dataset, TransformedImages):
         notes += dataset.notes
     if by_accuracy:
-        notes += _follow_names(distillation, dataset)
+        refuse_differing_parts(loader, "val")
+        notes += _follow_names(distillation, loader)
     else:
         _prepare_for_agreement(distillation, loader)
     return loader
 
 
-def _follow_names(distillation: Distillation, dataset: Any) -> list[str]:
+def refuse_nameless(distillation: Distillation, trained: Any, loader: Iterable[Any]) -> None:
+    """Refuse validation data without names where labels of the training data follow names.
+
+    Raises:
+        ValueError: If so.
+    """
+    if getattr(trained, "label_map", None) is None or not is_measured_by_accuracy(distillation, loader):
+        return
+    dataset = getattr(loader, "dataset", None)
+    names = dataset.class_names if isinstance(dataset, TransformedImages) else class_names(dataset)
+    if names is None:
+        raise ValueError(
+            "labels of train follow the models' classes by name, but val has labels without names, which would count "
+            "as other classes: give val as class folders, or as a data set with the attribute classes."
+        )
+
+
+def _follow_names(distillation: Distillation, loader: Any) -> list[str]:
     """Give labels of validation data the numbers of the student's classes, by name; return what to tell the user.
 
     Raises:
         ValueError: If a class is none of the student's, or a loader numbers them otherwise.
     """
-    own = dataset.class_names if isinstance(dataset, TransformedImages) else class_names(dataset)
+    dataset = getattr(loader, "dataset", None)
+    own = dataset.class_names if isinstance(dataset, TransformedImages) else class_names(loader)
     names = distillation.class_names
     if names is None and own is not None:
         names = names_of_model(own, distillation.student_tap, strict=False)
@@ -165,7 +184,8 @@ def _follow_names(distillation: Distillation, dataset: Any) -> list[str]:
         index = next(index for index, number in enumerate(numbers) if number != index)
         raise ValueError(
             f"val is a loader, whose labels stay as they are: {own[index]!r} is {index} there, but {numbers[index]} of "
-            "the student. Give its data set (loader.dataset): its labels follow the names."
+            "the student. Give its data set (loader.dataset), whose labels follow the names, or number the labels "
+            "yourself, in a collate_fn."
         )
     return []
 
@@ -281,28 +301,34 @@ def look_at_images(distillation: Distillation, loader: Iterable[Any], what: str)
         if what == "train" or is_measured_by_accuracy(distillation, loader):
             check(distillation, loader.collate_fn(fetched), first=True)
             if isinstance(dataset, TensorImages):
-                check(distillation, dataset[:], first=True)
+                check(distillation, dataset[:], first=False)
         if isinstance(dataset, TransformedImages):
             for index in spread(len(dataset), _LOOKED_AT):
-                _check_images(distillation, images_and_labels(dataset[index])[0][None])
+                check(distillation, loader.collate_fn([dataset[index]]), first=False)
 
 
 def _checked_for_training(distillation: Distillation, batch: Any, *, first: bool) -> None:
     images, labels = images_and_labels(batch)
-    _check_images(distillation, images, look_at_values=first)
+    _check_images(distillation, images, look_at_values=first or _are_strange(images))
     if labels is not None and distillation.method.ce_weight:
-        distillation.task.check_labels(labels, images, distillation.classes, first)
+        distillation.task.check_labels(labels, images, distillation.classes, True)
 
 
 def _checked(distillation: Distillation, batch: Any, *, first: bool) -> tuple[Tensor, Any]:
     images, labels = images_and_labels(batch)
     if labels is None:
         raise ValueError(WITHOUT_LABELS)
-    # Reading values on a GPU waits for it.
-    _check_images(distillation, images, look_at_values=first or getattr(images, "is_cpu", False))
+    _check_images(distillation, images, look_at_values=first or _are_strange(images))
     return images, distillation.task.checked_for_evaluation(labels, images, distillation.classes)
 
 
-def _check_images(distillation: Distillation, images: Any, *, look_at_values: bool = True) -> None:
+def _are_strange(images: Any) -> bool:
+    """Say whether images behind the first ones are NaN or Inf, or reach 255; on a GPU looking would wait for it."""
+    if not (isinstance(images, Tensor) and images.is_cpu and images.is_floating_point()):
+        return False
+    return not bool(images.isfinite().all()) or bool(images.max() > _FAR_BRIGHTER)
+
+
+def _check_images(distillation: Distillation, images: Any, *, look_at_values: bool) -> None:
     channels = distillation.student_inputs.spec.channels
     check_images(images, channels, look_at_values=look_at_values, normalized=distillation.normalized)

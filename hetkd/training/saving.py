@@ -47,7 +47,7 @@ FREE_SETTINGS = {
 """Settings that may differ between a run and its resumption without a word."""
 _OTHER_PROCESSES = {"processes", "effective_batch_size"}
 """Settings that may differ, with a note."""
-_OTHERS = {f"{split}_content": f"labels, file names or pixels of {split} are others" for split in ("train", "val")}
+_OTHERS = {"train_content": "labels, file names or pixels of train are others"}
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
@@ -94,8 +94,11 @@ class Saver:
             return
         now = json.loads(json.dumps(run_settings(run), default=str))
         before = {**{name: now[name] for name in run.fingerprints}, **_with_defaults(before)}  # older runs lack some
-        if before["val_content"] is None or now["val_content"] is None:  # unknown, or no validation
-            now["val_content"] = before["val_content"]
+        if None in (before.get("classes"), now["classes"]):  # names that one of both could not read
+            now["classes"] = before.get("classes")
+        if None not in (before["val_content"], now["val_content"]) and before["val_content"] != now["val_content"]:
+            run.notes.append("val has other images or labels than before; the best epoch is chosen by both")
+        now["val_content"] = before["val_content"]
         changed = {
             name: _OTHERS.get(name) or f"{name} was {before.get(name)!r} and is {value!r}"
             for name, value in now.items()

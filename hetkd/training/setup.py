@@ -17,12 +17,13 @@ from hetkd.distillation import Distillation
 from hetkd.training.accelerator import prepare, uses_deepspeed
 from hetkd.training.batches import Batches, TargetMaker, shared_out
 from hetkd.training.checkpoint import RunFolder
-from hetkd.training.classes import name_classes, refuse_nameless
+from hetkd.training.classes import name_classes
 from hetkd.training.evaluate import (
     eval_loader,
     is_measured_by_accuracy,
     leave_unreadable_out,
     look_at_images,
+    refuse_nameless,
 )
 from hetkd.training.groups import class_weights, make_optimizer
 from hetkd.training.look import look_at_data, remarks, take_classes, teachers_accuracy
@@ -101,12 +102,12 @@ def _open_data(
     surveys = look_at_data({"train": train_loader})
     take_classes(distillation, surveys)
     trained = getattr(train_loader, "dataset", None)
-    notes = _prepare_student(distillation, options) + name_classes(distillation, trained)
+    notes = _prepare_student(distillation, options) + name_classes(distillation, train_loader)
     notes += distillation.task.remarks(trained)
     val_loader = None
     if val is not None:
         val_loader = eval_loader(distillation, val, 2 * options.batch_size, options.num_workers, options.keys, notes)
-        refuse_nameless(distillation, trained, getattr(val_loader, "dataset", None))
+        refuse_nameless(distillation, trained, val_loader)
         if options.unreadable == "skip":
             leave_unreadable_out(val_loader, notes)
         surveys += look_at_data({"val": val_loader})

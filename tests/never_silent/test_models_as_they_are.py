@@ -192,6 +192,9 @@ def test_a_sigmoid_at_the_end_is_refused_and_quantised_students():
         Distiller(teacher, tiny_cnn(), "kd", input_size={"teacher": 32, "student": 32})
     undone = Distiller(nn.Sequential(teacher, Logit()), tiny_cnn(), "kd", input_size={"teacher": 32, "student": 32})
     undone(*batch(4)).loss.backward()
+    adds = nn.Sequential(tiny_cnn(), torch.ao.nn.quantized.FloatFunctional())  # float all the same
+    adds.forward = adds[0].forward
+    Distiller(None, adds, "ce", input_size=32)
     student = torch.ao.quantization.quantize_dynamic(tiny_cnn(), {nn.Linear})
     with pytest.raises(TypeError, match=r"student has quantised modules \(fc, .*\), which do not learn.*simulate_int8"):
         Distiller(None, student, "ce", input_size=32)

@@ -21,6 +21,7 @@ from hetkd.training.callbacks import Callback
 NAMES = ["ant", "bee", "cat", "dog"]
 SHADES = dict(zip(NAMES, (0, 85, 170, 255), strict=True))
 ONCE = {"epochs": 1, "batch_size": 8, "lr": 1e-9, **QUIET}
+IMAGES, LABELS = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
 
 
 class Knows(nn.Module):
@@ -136,9 +137,14 @@ def test_names_are_in_the_order_of_the_labels_that_come_out(dataset, expected):
     assert class_names(dataset) == expected
 
 
-def test_sums_whose_parts_number_other_classes_are_refused():
-    with pytest.raises(ValueError, match=r"number other classes from 0 \(a, b; b, c\)"):
-        class_names(ConcatDataset([Named(["a", "b"]), Named(["b", "c"])]))
+def test_sums_whose_parts_number_other_classes_are_refused(tmp_path):
+    parts = [ImageFolder(folders(tmp_path / name, names)) for name, names in (("x", ["ant", "cat"]), ("y", ["bee"]))]
+    message = r"is a sum of data sets that number other classes from 0 \(ant, cat; bee\)"
+    with pytest.raises(ValueError, match=f"train {message}"):
+        alone().fit(ConcatDataset(parts), **ONCE)
+    with pytest.raises(ValueError, match=f"val {message}"):
+        alone().fit((IMAGES, LABELS), DataLoader(ConcatDataset(parts), 8), **ONCE)
+    Distiller(Knows(), Knows(), "kd", input_size=32, ce_weight=0).fit(ConcatDataset(parts), **ONCE)
 
 
 def hugging_face(labels, names=NAMES) -> datasets.Dataset:
@@ -248,9 +254,6 @@ def test_the_last_window_of_a_stream_counts_its_own_batches(data, windows):
         torch.testing.assert_close(student.state_dict()[name], value, msg=name)
 
 
-IMAGES, LABELS = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
-
-
 def test_probabilities_are_not_negative():
     with pytest.raises(ValueError, match="negative or do not sum to 1"):
         alone()(IMAGES, torch.tensor([[2.0, -1, 0, 0]] * 32))
@@ -271,10 +274,11 @@ def test_check_looks_at_values_as_fit_does(data, message):
         alone().fit((IMAGES, LABELS), data, **ONCE)
 
 
-def test_a_run_goes_on_with_its_own_data_alone(tmp_path):
-    def run(train, val=None, *, resume=True, **options):
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys):
+    def run(train, val=None, *, resume=True, progress=False, **options):
         made = Distiller(None, tiny_cnn(num_classes=4), "ce", input_size=32, **options)
-        made.fit(train, val, epochs=1 + resume, batch_size=8, output_dir=tmp_path, resume=resume, **QUIET)
+        how = {"epochs": 1 + resume, "batch_size": 8, "output_dir": tmp_path, "cpu": True, "progress": progress}
+        made.fit(train, val, resume=resume, **how)
 
     images = torch.ones(64, 3, 32, 32)
     changed = images.clone()
@@ -284,9 +288,10 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path):
     for train, val, options, message in [
         ((images, labels), data, {}, "labels, file names or pixels of train"),
         ((changed, data[1]), data, {}, "labels, file names or pixels of train"),
-        (data, (images, labels), {}, "labels, file names or pixels of val"),
         (data, data, {"normalized": ((0.5,) * 3, (0.2,) * 3)}, "inputs was"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(train, val, **options)
-    run(data)
+    capsys.readouterr()
+    run(data, (images, labels), progress=True)
+    assert "val has other images or labels than before" in capsys.readouterr().out

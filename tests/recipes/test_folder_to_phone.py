@@ -23,6 +23,7 @@ def test_the_whole_way_on_embedded_images(tmp_path):
     assert answer.label in {path.name for path in (folder / "photos" / "train").iterdir()}
 
 
+@pytest.mark.slow
 def test_errors_are_lines_and_no_tracebacks(tmp_path):
     command = [sys.executable, str(RECIPES / "folder_to_phone.py"), "--photos", str(tmp_path), "--teacher", "timm:nope"]
     done = finish(command, 100, cwd=tmp_path)

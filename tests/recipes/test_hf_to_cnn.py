@@ -68,6 +68,7 @@ def test_hf_to_cnn_packs_what_timm_loads(tmp_path, monkeypatch, capsys, classes)
     assert ("features teach, its logits do not" in capsys.readouterr().out) == (classes == 5)
 
 
+@pytest.mark.slow
 def test_errors_are_lines_and_no_tracebacks(tmp_path):
     words = ["--teacher", str(tmp_path / "none"), "--dataset", str(tmp_path)]
     done = finish([sys.executable, str(RECIPES / "hf_to_cnn.py"), *words], 100, cwd=tmp_path)

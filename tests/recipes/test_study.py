@@ -82,6 +82,7 @@ def test_runs_tables_and_pictures(small):
         assert (small / f"{name}.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_recorded_features_are_those_of_the_teacher_on_the_same_view(small):
     teacher, size = study.load_teacher("dinov2_s", small / "teachers")
     student = build_small("resnet_slim", 64, study.CLASSES, 3)[0]
@@ -94,6 +95,7 @@ def test_recorded_features_are_those_of_the_teacher_on_the_same_view(small):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_recording_of_another_teacher_is_not_taken(small):
     path = next((small / "teachers").glob("*-test_vit.safetensors"))
     save_model(build_small("test_vit", 64, study.CLASSES, 3)[0], path)
@@ -102,6 +104,7 @@ def test_a_recording_of_another_teacher_is_not_taken(small):
         study.record("dinov2_s", study.parse_arguments(["record", *folders]))
 
 
+@pytest.mark.slow
 def test_a_teacher_that_learnt_from_other_images_is_not_taken(small, monkeypatch):
     monkeypatch.setattr(study, "teachers_digest", lambda: "1")
     with pytest.raises(SystemExit, match=r"has cifar100-1-64px-test_vit\.safetensors: train it by"):

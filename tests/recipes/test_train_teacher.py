@@ -39,6 +39,7 @@ def test_a_teacher_is_fine_tuned_from_a_file_and_loads_by_its_path(tmp_path):
     assert hetkd.load_student(path).predict(data / "val" / "red" / "1.png").label == "red"
 
 
+@pytest.mark.slow
 def test_errors_are_lines_and_no_tracebacks(tmp_path):
     done = recipe("--model", "timm:test_resnet", "--dataset", tmp_path / "none", cwd=tmp_path)
     assert done.returncode == 1

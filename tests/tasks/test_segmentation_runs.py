@@ -234,7 +234,7 @@ def test_tasks_that_do_not_fit():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda y: y.softmax(1), "the student yields probabilities, which sum to 1, but losses take logits"),
+        (lambda y: y.softmax(1), "the student yields probabilities, all between 0 and 1, but losses take logits"),
         (lambda y: (y, y), "must return the logits .* of its last convolution, before any softmax and in no tuple"),
     ],
 )
