@@ -297,14 +297,13 @@ def look_at_images(distillation: Distillation, loader: Iterable[Any], what: str)
         if first is None:
             raise ValueError(f"{what} is empty: its loader yields no batch.")
         fetched = dataset.__getitems__(first) if hasattr(dataset, "__getitems__") else [dataset[i] for i in first]
-        check = _checked_for_training if what == "train" else _checked
-        if what == "train" or is_measured_by_accuracy(distillation, loader):
-            check(distillation, loader.collate_fn(fetched), first=True)
-            if isinstance(dataset, TensorImages):
-                check(distillation, dataset[:], first=False)
-        if isinstance(dataset, TransformedImages):
-            for index in spread(len(dataset), _LOOKED_AT):
-                check(distillation, loader.collate_fn([dataset[index]]), first=False)
+        by_accuracy = what == "val" and is_measured_by_accuracy(distillation, loader)
+        check = _checked if by_accuracy else _checked_for_training
+        check(distillation, loader.collate_fn(fetched), first=True)
+        if isinstance(dataset, TensorImages):
+            check(distillation, dataset[:], first=False)
+        for index in spread(len(dataset), _LOOKED_AT) if isinstance(dataset, TransformedImages) else []:
+            check(distillation, loader.collate_fn([dataset[index]]), first=False)
 
 
 def _checked_for_training(distillation: Distillation, batch: Any, *, first: bool) -> None:
