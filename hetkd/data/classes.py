@@ -20,10 +20,7 @@ def class_names(dataset: Any, label: str | None = None) -> list[str] | None:
         dataset: One of these.
         label: The column of labels, where there are several.
     """
-    if isinstance(dataset, DataLoader):
-        return class_names(dataset.dataset, label) if dataset.collate_fn in (default_collate, default_convert) else None
-    if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
-        return class_names(dataset.dataset, label)
+    dataset = _within(dataset)
     if hasattr(dataset, "datasets") and hasattr(dataset, "cumulative_sizes"):
         of_parts = [class_names(part, label) for part in dataset.datasets]
         return None if None in of_parts or differing_parts(dataset, label) else of_parts[0]
@@ -44,11 +41,17 @@ def class_names(dataset: Any, label: str | None = None) -> list[str] | None:
 
 def differing_parts(dataset: Any, label: str | None = None) -> str:
     """Return the names of the classes of each part of a sum, if parts give one number to different classes."""
-    if hasattr(dataset, "dataset") and not hasattr(dataset, "cumulative_sizes"):
-        return differing_parts(dataset.dataset, label)
-    known = [names for part in getattr(dataset, "datasets", ()) if (names := class_names(part, label)) is not None]
+    parts = getattr(_within(dataset), "datasets", ())
+    known = [names for part in parts if (names := class_names(part, label)) is not None]
     alike = all(match(names, [(name,) for name in known[0]]) == list(range(len(known[0]))) for names in known)
     return "" if alike else "; ".join(_listed(names) for names in known)
+
+
+def _within(dataset: Any) -> Any:
+    """Return the data set within subsets and loaders; ``None`` for a loader whose own collation may change labels."""
+    if isinstance(dataset, DataLoader):
+        return _within(dataset.dataset) if dataset.collate_fn in (default_collate, default_convert) else None
+    return _within(dataset.dataset) if hasattr(dataset, "indices") and hasattr(dataset, "dataset") else dataset
 
 
 def _names_of_column(features: Mapping[str, Any], label: str | None) -> list[str] | None:

@@ -63,7 +63,8 @@ def refuse_differing_parts(loader: Any, what: str) -> None:
     Raises:
         ValueError: If so.
     """
-    parts = differing_parts(getattr(loader, "dataset", None))
+    dataset = getattr(loader, "dataset", None)
+    parts = differing_parts(dataset.dataset if isinstance(dataset, TransformedImages) else loader)
     if parts:
         raise ValueError(
             f"{what} is a sum of data sets that number other classes from 0 ({parts}): put the images into one folder "

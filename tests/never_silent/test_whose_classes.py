@@ -145,6 +145,21 @@ def test_sums_whose_parts_number_other_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"val {message}"):
         alone().fit((IMAGES, LABELS), DataLoader(ConcatDataset(parts), 8), **ONCE)
     Distiller(Knows(), Knows(), "kd", input_size=32, ce_weight=0).fit(ConcatDataset(parts), **ONCE)
+    alone().fit(Renumbered(ConcatDataset(parts)), **ONCE)
+
+
+class Renumbered(Dataset):
+    """A wrapper of the user's own, which gives each part other numbers."""
+
+    def __init__(self, dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        image, label = self.dataset[index]
+        return image, label + 2 * (index >= self.dataset.cumulative_sizes[0])
 
 
 def hugging_face(labels, names=NAMES) -> datasets.Dataset:
